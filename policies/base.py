@@ -1,0 +1,192 @@
+"""The policy interface: told what happened, asked what to do, never doing it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar, NamedTuple
+
+from policies.routing import Routing, Step
+from traces.trace import IntArray
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a separate training trace taught, for policies and forecasters that learn offline.
+
+    *popularity* [layers * experts] counts uses; *token_experts* maps a token id to its uses
+    per expert, [layers * experts].
+    """
+
+    popularity: IntArray
+    token_experts: Mapping[int, IntArray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a policy may know before the first token.
+
+    *slots* is the budget in full-precision experts; *pool* says whether it is one global
+    pool or split by layer. *low_offset* is the handle distance of a low-precision copy (see
+    :meth:`low`). The calibrated constants come from the hardware profile, the same in both
+    worlds: *transfer_s* and *transfer_low_s* move one expert over the link, *layer_s* is one
+    layer of a one-token step with everything resident, *expert_s* one expert's share of it.
+    """
+
+    layers: int
+    experts: int
+    top_k: int
+    slots: int
+    pool: str = "global"
+    batch: int = 1
+    transfer_s: float = 0.0
+    transfer_low_s: float = 0.0
+    layer_s: float = 0.0
+    expert_s: float = 0.0
+    seed: int = 0
+    has_weights: bool = False
+    popularity: IntArray | None = None
+    training: Training | None = None
+
+    @property
+    def total(self) -> int:
+        """Experts over all layers."""
+        return self.layers * self.experts
+
+    def expert(self, layer: int, id: int) -> int:
+        """The number of expert *id* of *layer*."""
+        return layer * self.experts + id
+
+    def low(self, expert: int) -> int:
+        """The handle of the low-precision copy of *expert*."""
+        return expert + self.total
+
+    def is_low(self, copy: int) -> bool:
+        """Whether *copy* is a low-precision handle."""
+        return copy >= self.total
+
+    def name(self, copy: int) -> str:
+        """A copy in words: ``layer 3 expert 17``, with ``(low)`` where it is."""
+        layer, id = divmod(copy % self.total, self.experts)
+        return f"layer {layer} expert {id}" + (" (low)" if self.is_low(copy) else "")
+
+
+class Service(Enum):
+    """How a missed expert is served. All but ``LOAD`` and ``CPU`` change the output."""
+
+    LOAD = "load"  #: copy it to the GPU at full precision
+    LOW = "low"  #: use, or copy, its low-precision version
+    SKIP = "skip"  #: leave its contribution out
+    CPU = "cpu"  #: compute it on the CPU
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """Serve a missed expert by *expert* of the same layer, which must be held."""
+
+    expert: int
+
+
+class Prediction(NamedTuple):
+    """What a forecaster expects of one coming event.
+
+    The event lies *ahead* events after the present one (1 is the next); *experts* come most
+    likely first, *scores* are their probabilities in the same order.
+    """
+
+    ahead: int
+    experts: Sequence[int]
+    scores: Sequence[float]
+
+
+#: Predictions for coming events, nearest first.
+Forecast = Sequence[Prediction]
+
+
+class Forecaster(ABC):
+    """Guesses which experts the coming events will demand.
+
+    Like a policy it is told what happened and sees no clock, tensor, thread or file.
+    """
+
+    name: ClassVar[str] = ""
+    #: Needs the future of the trace (an oracle): cannot run live.
+    offline: ClassVar[bool] = False
+    #: What the trace must carry: any of ``ahead``, ``tokens``, ``training``.
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def reset(self, context: Context) -> None:
+        """Forget everything; a run is about to start."""
+
+    def reveal(self, demand: Iterable[Sequence[int]]) -> None:
+        """Take every event's demand in order: called on offline forecasters only."""
+
+    def on_step(self, step: Step) -> Forecast:
+        """A step begins: the forecast of its path, layer 0 being one event ahead."""
+        return ()
+
+    @abstractmethod
+    def on_route(self, routing: Routing) -> Forecast:
+        """A gate has chosen: learn from it and return the forecast of the next events."""
+
+
+class Policy(ABC):
+    """Chooses which experts stay on the accelerator.
+
+    A world (the simulator or the CUDA runtime) tells the policy what happened through the
+    ``on_*`` hooks and asks it what to do through :meth:`victims`, :meth:`prefetch`,
+    :meth:`plan_step` and :meth:`serve`. The order of calls is fixed for every event:
+    ``on_route``, ``serve`` if anything is missed, then ``victims``/``on_evict``/``on_load``
+    for each placed expert, then ``prefetch`` and again the placing. A policy holds no clock,
+    tensor, thread or file, so one object runs unchanged in both worlds.
+    """
+
+    name: ClassVar[str] = ""
+    #: Never changes the model's output. Only a policy that is not may skip, substitute or go low.
+    exact: ClassVar[bool] = True
+    #: Reads ``routing.next_use``: it can replay a trace, not run live.
+    offline: ClassVar[bool] = False
+    #: Wants forecasts in :meth:`plan_step` and :meth:`prefetch`.
+    forecasts: ClassVar[bool] = False
+    #: What the trace must carry: any of ``weights``, ``training``.
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    #: Bits of a low-precision copy, and the share of the budget's bytes given to such copies.
+    low_bits: int = 4
+    low_share: float = 0.0
+
+    def reset(self, context: Context) -> None:
+        """Forget everything; a run in *context* is about to start."""
+
+    def on_route(self, routing: Routing) -> None:
+        """A gate has chosen: its experts, held or not, are about to be used."""
+
+    def serve(
+        self, routing: Routing, missed: Sequence[int]
+    ) -> Mapping[int, Service | Substitute] | None:
+        """How to serve missed experts; those not named are loaded at full precision."""
+        return None
+
+    def on_load(self, copy: int) -> None:
+        """*copy* has been given a slot."""
+
+    def on_evict(self, copy: int) -> None:
+        """*copy* has lost its slot."""
+
+    def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
+        """Copies worth loading before layer 0, most urgent first."""
+        return ()
+
+    def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
+        """Copies worth loading now for later events, most urgent first."""
+        return ()
+
+    @abstractmethod
+    def victims(self, incoming: int) -> Iterable[int]:
+        """Held copies in the order to give up for *incoming*.
+
+        The ledger takes the first that is not pinned and frees a slot of the right kind; it
+        passes over the rest. Yielding nothing refuses: a prefetch is then not made.
+        """

@@ -1,0 +1,122 @@
+"""The ledger: which copy holds which slot. It refuses what no policy may do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from policies.base import Context
+from traces.errors import InputError
+
+
+class LedgerError(InputError):
+    """A policy asked for something impossible; names policy, event and expert."""
+
+
+class ExpertCache:
+    """Slots and who holds them: never over budget, never evicting what is pinned.
+
+    A copy is an expert's number, or its low-precision handle (:meth:`Context.low`). The
+    budget of *slots* full-precision experts may be divided: *low_slots* for low-precision
+    copies take the place of some. With ``pool="layer"`` each kind is split evenly over the
+    layers, the remainder to the first ones.
+    """
+
+    def __init__(
+        self, context: Context, *, full_slots: int | None = None, low_slots: int = 0, policy: str = "?"
+    ) -> None:
+        self.context = context
+        self.policy = policy
+        #: Events seen so far: kept by the planner, so that a refusal can name it.
+        self.event = 0
+        self.pinned: Collection[int] = ()
+        self.slot_of: dict[int, int] = {}
+        self.full_slots = context.slots if full_slots is None else full_slots
+        self.low_slots = low_slots
+        self._by_layer = context.pool == "layer"
+        self._free = self._divide(self.full_slots, 0) + self._divide(low_slots, self.full_slots)
+
+    def _divide(self, slots: int, first: int) -> list[list[int]]:
+        """Free slots of each pool, the lowest on top."""
+        if not self._by_layer:
+            return [list(range(first + slots - 1, first - 1, -1))]
+        share, rest = divmod(slots, self.context.layers)
+        pools = []
+        for layer in range(self.context.layers):
+            size = share + (layer < rest)
+            pools.append(list(range(first + size - 1, first - 1, -1)))
+            first += size
+        return pools
+
+    def __contains__(self, copy: int) -> bool:
+        return copy in self.slot_of
+
+    def __len__(self) -> int:
+        return len(self.slot_of)
+
+    def pool_of(self, copy: int) -> int:
+        """The pool whose slots *copy* can take."""
+        total = self.context.total
+        low, expert = (1, copy - total) if copy >= total else (0, copy)
+        return low * self.context.layers + expert // self.context.experts if self._by_layer else low
+
+    def capacity(self, copy: int) -> int:
+        """Slots of the pool that *copy* belongs to."""
+        pool = self.pool_of(copy)
+        taken = sum(1 for held in self.slot_of if self.pool_of(held) == pool)
+        return len(self._free[pool]) + taken
+
+    def place(self, copy: int, victims: Iterable[int]) -> tuple[int, int] | None:
+        """Give *copy* a slot: a free one, else that of the first victim that may go.
+
+        Returns (slot, victim), the victim -1 where a slot was free, or None when there is
+        neither. Raises :class:`LedgerError` when *copy* is held already or is no expert.
+        """
+        if copy in self.slot_of or not 0 <= copy < 2 * self.context.total:
+            raise self._refusal(copy, "was to be placed, expected an expert that is not held")
+        pool = self.pool_of(copy)
+        free = self._free[pool]
+        if free:
+            slot = free.pop()
+            self.slot_of[copy] = slot
+            return slot, -1
+        victim = self._first_victim(pool, victims)
+        if victim is None:
+            return None
+        slot = self.slot_of.pop(victim)
+        self.slot_of[copy] = slot
+        return slot, victim
+
+    def _first_victim(self, pool: int, victims: Iterable[int]) -> int | None:
+        slot_of, pinned = self.slot_of, self.pinned
+        split = len(self._free) > 1
+        patience = 2 * len(slot_of) + len(pinned) + 64
+        for victim in victims:
+            if victim in slot_of and victim not in pinned:
+                if not split or self.pool_of(victim) == pool:
+                    return victim
+            patience -= 1
+            if patience < 0:
+                raise self._refusal(victim, "is one of endless victims that cannot go")
+        return None
+
+    def evict(self, copy: int) -> int:
+        """Free the slot of *copy*; raises :class:`LedgerError` if it is pinned or not held."""
+        if copy in self.pinned:
+            raise self._refusal(copy, "was to be evicted while pinned by the event under way")
+        if copy not in self.slot_of:
+            raise self._refusal(copy, "was to be evicted, expected a held one")
+        slot = self.slot_of.pop(copy)
+        self._free[self.pool_of(copy)].append(slot)
+        return slot
+
+    def require(self, copy: int) -> int:
+        """The slot to compute *copy* from; raises :class:`LedgerError` if there is none."""
+        slot = self.slot_of.get(copy)
+        if slot is None:
+            raise self._refusal(copy, "was to be computed, expected it to hold a slot")
+        return slot
+
+    def _refusal(self, copy: object, what: str) -> LedgerError:
+        known = isinstance(copy, int) and 0 <= copy < 2 * self.context.total
+        name = self.context.name(copy) if known else repr(copy)  # type: ignore[arg-type]
+        return LedgerError(f"policy {self.policy!r}, event {self.event}: {name} {what}")

@@ -1,0 +1,128 @@
+"""Orderings that policies share: recency and frequency, constant time per use."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+
+from policies.base import Context
+
+
+class Pools:
+    """Which ordering a copy belongs to: one for all, or one per layer and precision."""
+
+    def __init__(self, context: Context) -> None:
+        self._total = context.total
+        self._experts = context.experts
+        self.by_layer = context.pool == "layer"
+        self.count = 2 * (context.layers if self.by_layer else 1)
+        self._half = self.count // 2
+
+    def of(self, copy: int) -> int:
+        """The pool of *copy*: full-precision pools first, then the low ones."""
+        low, expert = (self._half, copy - self._total) if copy >= self._total else (0, copy)
+        return low + expert // self._experts if self.by_layer else low
+
+
+class Recency:
+    """Copies from least to most recent, within each pool."""
+
+    def __init__(self, context: Context) -> None:
+        self._pools = Pools(context)
+        self._orders: list[OrderedDict[int, None]] = [
+            OrderedDict() for _ in range(self._pools.count)
+        ]
+
+    def order(self, copy: int) -> OrderedDict[int, None]:
+        """The ordering that *copy* belongs to."""
+        return self._orders[self._pools.of(copy)]
+
+    def touch(self, experts: Iterable[int]) -> None:
+        """Make one layer's *experts* most recent, in the order given."""
+        order: OrderedDict[int, None] | None = None
+        for expert in experts:
+            if order is None:
+                order = self.order(expert)
+            order[expert] = None
+            order.move_to_end(expert)
+
+    def add(self, copy: int) -> None:
+        """Make *copy* most recent unless it has its place already."""
+        self.order(copy).setdefault(copy)
+
+    def remove(self, copy: int) -> None:
+        """Forget *copy*."""
+        self.order(copy).pop(copy, None)
+
+    def first(self, copy: int) -> None:
+        """Make *copy* the least recent of its pool, if it is there."""
+        order = self.order(copy)
+        if copy in order:
+            order.move_to_end(copy, last=False)
+
+    def oldest(self, incoming: int) -> Iterable[int]:
+        """The pool of *incoming*, least recent first."""
+        return self.order(incoming)
+
+
+class _Bucket:
+    """All copies with the same number of uses, least recent first; a node of a list."""
+
+    __slots__ = ("copies", "next", "previous", "uses")
+
+    def __init__(self, uses: int) -> None:
+        self.uses = uses
+        self.copies: OrderedDict[int, None] = OrderedDict()
+        self.previous: _Bucket = self
+        self.next: _Bucket = self
+
+
+class Frequency:
+    """Copies from least to most used since they were added; ties by least recent use."""
+
+    def __init__(self) -> None:
+        self._head = _Bucket(-1)
+        self._bucket_of: dict[int, _Bucket] = {}
+
+    def __contains__(self, copy: int) -> bool:
+        return copy in self._bucket_of
+
+    def add(self, copy: int, uses: int) -> None:
+        """Start counting *copy* at *uses* (0 or 1)."""
+        bucket = self._head
+        while bucket.next is not self._head and bucket.next.uses < uses:
+            bucket = bucket.next
+        self._put(copy, bucket, uses)
+
+    def use(self, copy: int) -> None:
+        """Count one more use of *copy*."""
+        bucket = self._bucket_of[copy]
+        self._put(copy, bucket, bucket.uses + 1)
+        self._take(copy, bucket)
+
+    def remove(self, copy: int) -> None:
+        """Forget *copy* and its count."""
+        self._take(copy, self._bucket_of.pop(copy))
+
+    def least(self) -> Iterator[int]:
+        """Every copy, least used first."""
+        bucket = self._head.next
+        while bucket is not self._head:
+            yield from bucket.copies
+            bucket = bucket.next
+
+    def _put(self, copy: int, after: _Bucket, uses: int) -> None:
+        """Enter *copy* in the bucket of *uses*, which is or comes right behind *after*."""
+        bucket = after.next
+        if bucket.uses != uses:
+            new = _Bucket(uses)
+            new.previous, new.next = after, bucket
+            after.next = bucket.previous = new
+            bucket = new
+        bucket.copies[copy] = None
+        self._bucket_of[copy] = bucket
+
+    def _take(self, copy: int, bucket: _Bucket) -> None:
+        del bucket.copies[copy]
+        if not bucket.copies:
+            bucket.previous.next, bucket.next.previous = bucket.next, bucket.previous

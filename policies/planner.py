@@ -1,0 +1,262 @@
+"""The planner: the event contract, once for both worlds.
+
+It classifies an event's demand against the ledger, asks the policy, and answers with a
+:class:`Plan` of moves. A world carries the plan out and keeps time; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from policies.base import Context, Forecaster, Policy, Service, Substitute
+from policies.decisions import DecisionLog
+from policies.ledger import ExpertCache, LedgerError
+from policies.moves import Move
+from policies.routing import Routing, Step
+from traces.errors import InputError
+
+#: Service codes of the decision log.
+_CODES = {Service.LOW: 1, Service.SKIP: 2, Service.CPU: 3}
+
+
+class PolicyError(InputError):
+    """A policy written by the user failed; names it, the hook's error and the event."""
+
+
+class Plan:
+    """What one event needs: moves in waves, then prefetches.
+
+    *missed* experts were not held; *waves* are the moves that must land before (or while)
+    each part of the demand computes, the first wave computing what is held as well;
+    *served* says how missed experts that are not loaded are served; *prefetch* are moves for
+    later events.
+    """
+
+    __slots__ = ("missed", "prefetch", "served", "waves")
+
+    def __init__(
+        self,
+        missed: Sequence[int] = (),
+        waves: Sequence[Sequence[Move]] = (),
+        served: Mapping[int, Service | Substitute] | None = None,
+    ) -> None:
+        self.missed = missed
+        self.waves = waves
+        self.served = served
+        self.prefetch: Sequence[Move] = ()
+
+
+#: The plan of an event that holds all of its demand and moves nothing.
+NOTHING = Plan()
+
+
+class Planner:
+    """Runs one policy over one ledger, event by event."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        context: Context,
+        forecaster: Forecaster | None = None,
+        *,
+        low_bytes_share: float = 0.0,
+        log: DecisionLog | None = None,
+    ) -> None:
+        self.policy = policy
+        self.context = context
+        self.forecaster = forecaster
+        self.log = log or DecisionLog()
+        full, low = divide_budget(context.slots, policy.low_share, low_bytes_share)
+        self.cache = ExpertCache(context, full_slots=full, low_slots=low, policy=policy.name)
+        self._slot_of = self.cache.slot_of
+        self._prefetches = type(policy).prefetch is not Policy.prefetch
+        self._serves = type(policy).serve is not Policy.serve
+        self._on_load, self._on_evict = policy.on_load, policy.on_evict
+        self._on_route = policy.on_route
+        self._waiting: set[int] = set()
+        self.counts: Counter[str] = Counter()
+        self.quality: Counter[str] = Counter()
+        policy.reset(context)
+        if forecaster is not None:
+            forecaster.reset(context)
+
+    @property
+    def unused(self) -> int:
+        """Prefetched copies that hold a slot and have not been used."""
+        return len(self._waiting)
+
+    def begin(self, step: Step) -> Sequence[Move]:
+        """The prefetches a policy wants before the step's first layer."""
+        forecast = self.forecaster.on_step(step) if self.forecaster else ()
+        wanted = self.policy.plan_step(step, forecast)
+        if not wanted:
+            return ()
+        self.cache.pinned = ()
+        record = [-5, step.number]
+        moves = self._prefetch(wanted, record)
+        if moves:
+            self.log.add(record)
+        return moves
+
+    def plan(self, routing: Routing) -> Plan:
+        """Classify, tell, serve, place and prefetch for one event."""
+        experts = routing.experts
+        slot_of = self._slot_of
+        missed = [e for e in experts if e not in slot_of]
+        self._on_route(routing)
+        if self._waiting:
+            self._waiting.difference_update(experts)
+        if not missed and not self._prefetches:
+            return NOTHING
+        self.cache.event = routing.event
+        record = [-1, routing.event, len(missed)]
+        plan = self._place_demand(routing, missed, record) if missed else Plan()
+        if self._prefetches:
+            forecast = self.forecaster.on_route(routing) if self.forecaster else ()
+            wanted = self.policy.prefetch(routing, forecast)
+            if wanted:
+                if not missed:
+                    self.cache.pinned = experts
+                record.append(-3)
+                plan.prefetch = self._prefetch(wanted, record)
+        if missed or plan.prefetch:
+            self.log.add(record)
+        return plan
+
+    def _place_demand(self, routing: Routing, missed: list[int], record: list[int]) -> Plan:
+        self.cache.pinned = routing.experts
+        if not self._serves:
+            self.counts["missed"] += len(missed)
+            return Plan(missed, self._waves(missed, record))
+        loads, served, missed = self._serve(routing, missed, record)
+        self.counts["missed"] += len(missed)
+        return Plan(missed, self._waves(loads, record) if loads else (), served)
+
+    def _serve(
+        self, routing: Routing, missed: list[int], record: list[int]
+    ) -> tuple[list[int], dict[int, Service | Substitute], list[int]]:
+        """Split what is not held at full precision: copies to load, other services, missed.
+
+        An expert that the policy is content to use at low precision is held if its
+        low-precision copy is, and counts as missed otherwise.
+        """
+        answer = self.policy.serve(routing, missed) or {}
+        loads: list[int] = []
+        truly: list[int] = []
+        served: dict[int, Service | Substitute] = {}
+        for expert in missed:
+            service = answer.get(expert, Service.LOAD)
+            if service is Service.LOAD:
+                loads.append(expert)
+                truly.append(expert)
+                continue
+            self._check_service(expert, service)
+            served[expert] = service
+            record += (-4, expert, self._code(service))
+            if service is Service.LOW:
+                copy = self.context.low(expert)
+                self._waiting.discard(copy)
+                if copy in self._slot_of:
+                    continue
+                loads.append(copy)
+            truly.append(expert)
+        if len(served) < len(answer) and any(e not in missed for e in answer):
+            stray = next(e for e in answer if e not in missed)
+            raise self._refusal(f"serves expert {stray!r}, which was not missed")
+        pinned = set(routing.experts)
+        pinned.update(self.context.low(e) for e, s in served.items() if s is Service.LOW)
+        pinned.update(s.expert for s in served.values() if isinstance(s, Substitute))
+        self.cache.pinned = pinned
+        return loads, served, truly
+
+    def _check_service(self, expert: int, service: object) -> None:
+        if not isinstance(service, Service | Substitute):
+            raise self._refusal(f"serves an expert by {service!r}, expected a Service")
+        if self.policy.exact and service is not Service.CPU:
+            raise self._refusal(
+                f"would change the output ({service}) of {self.context.name(expert)}, "
+                "but declares exact = True"
+            )
+        if isinstance(service, Substitute):
+            same = service.expert // self.context.experts == expert // self.context.experts
+            if not same:
+                raise self._refusal(f"substitutes {self.context.name(expert)} across layers")
+            self.cache.require(service.expert)
+
+    @staticmethod
+    def _code(service: Service | Substitute) -> int:
+        return 16 + service.expert if isinstance(service, Substitute) else _CODES[service]
+
+    def _waves(self, loads: list[int], record: list[int]) -> list[list[Move]]:
+        """Place *loads* in ascending order; what finds no slot waits for the next wave."""
+        waves: list[list[Move]] = []
+        wave: list[Move] = []
+        for copy in sorted(loads) if self._serves else loads:
+            move = self._place(copy, record, demand=True)
+            if move is None:
+                waves.append(wave)
+                wave = []
+                record.append(-2)
+                self.cache.pinned = ()
+                move = self._place(copy, record, demand=True)
+                if move is None:
+                    raise self._refusal(f"names no victim for {self.context.name(copy)}")
+                self.cache.pinned = {copy}
+            elif waves:
+                self.cache.pinned = {*self.cache.pinned, copy}
+            wave.append(move)
+        waves.append(wave)
+        return waves
+
+    def _place(self, copy: int, record: list[int], *, demand: bool) -> Move | None:
+        placed = self.cache.place(copy, self.policy.victims(copy))
+        if placed is None:
+            return None
+        slot, victim = placed
+        if victim >= 0:
+            self._on_evict(victim)
+            if victim in self._waiting:
+                self._waiting.discard(victim)
+                self.counts["unused"] += 1
+        self._on_load(copy)
+        record += (copy, slot, victim)
+        return Move(copy, slot, victim, demand)
+
+    def _prefetch(self, wanted: Iterable[int], record: list[int]) -> list[Move]:
+        moves = []
+        for copy in wanted:
+            if copy in self._slot_of:
+                continue
+            move = self._place(copy, record, demand=False)
+            if move is not None:
+                self._waiting.add(copy)
+                moves.append(move)
+        self.counts["prefetch"] += len(moves)
+        return moves
+
+    def _refusal(self, what: str) -> LedgerError:
+        return LedgerError(f"policy {self.policy.name!r}, event {self.cache.event}: {what}")
+
+
+def divide_budget(slots: int, low_share: float, low_bytes_share: float) -> tuple[int, int]:
+    """Full- and low-precision slots within the bytes of *slots* full ones.
+
+    *low_share* of the budget goes to low-precision copies, each of which takes
+    *low_bytes_share* of a full one's bytes.
+    """
+    if not low_share or not low_bytes_share:
+        return slots, 0
+    full = slots - round(slots * low_share)
+    return full, int((slots - full) / low_bytes_share + 1e-9)
+
+
+def run_counts(planner: Planner, steps: Iterable[Step]) -> int:
+    """Replay *steps* without any clock; return the number of missed accesses."""
+    event = 0
+    for step in steps:
+        planner.begin(step)
+        for layer, experts in enumerate(step.demand):
+            planner.plan(Routing(step, layer, experts, event))
+            event += 1
+    return planner.counts["missed"]

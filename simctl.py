@@ -1,0 +1,113 @@
+"""The command line: a lazy click group, so that nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+#: Command -> "module:attribute", imported when the command is asked for.
+COMMANDS = {
+    "run": "reports.cli:run",
+    "compare": "reports.cli:compare",
+    "report": "reports.cli:report",
+    "trace": "traces.cli:trace",
+    "policies": "policies.cli:policies",
+    "hardware": "sim.cli:hardware",
+    "doctor": "runtime.cli:doctor",
+}
+
+#: Commands that live in a group of a package that may not import their home.
+SUBCOMMANDS = {"trace": {"capture": "runtime.cli:capture"}}
+
+HELP = {
+    "run": "Simulate one policy on a trace.",
+    "compare": "Several policies and budgets on one trace, with Belady and the bounds.",
+    "report": "Results to one HTML page with figures.",
+    "trace": "Inspect, import, capture, synthesise and split traces.",
+    "policies": "What policies and forecasters there are, with their parameters.",
+    "hardware": "What hardware profiles and model sizes there are, with their sources.",
+    "doctor": "What this machine can do.",
+}
+
+
+def _load(target: str) -> click.Command:
+    module, attribute = target.split(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is used, not before."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        _refuse_shadowed_packages()
+        command = _load(COMMANDS[cmd_name])
+        if isinstance(command, click.Group):
+            for name, target in SUBCOMMANDS.get(cmd_name, {}).items():
+                command.add_command(_load(target), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, HELP[name]) for name in COMMANDS])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, args)
+
+
+def _refuse_shadowed_packages() -> None:
+    """PyPI has an unrelated package called ``traces``: say so instead of a lost import."""
+    spec = importlib.util.find_spec("traces")
+    home = Path(__file__).resolve().parent
+    found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+    if found is None or found.parent != home or not (found / "trace.py").exists():
+        raise click.ClickException(
+            f"the package 'traces' was found at {found or 'nowhere'}, expected {home / 'traces'}: "
+            "PyPI's unrelated 'traces' shadows ours; pip uninstall traces, or use a fresh "
+            "virtual environment"
+        )
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="expertflow-lab", prog_name="simctl")
+def cli() -> None:
+    """Which expert-caching policy, with how much memory, on which hardware, is how fast?"""
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point: bad input ends in one line and exit code 2, never in a traceback."""
+    try:
+        return cli.main(args=argv, prog_name="simctl", standalone_mode=False) or 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "InputError" and type(error).__module__ == "traces.errors":
+            click.echo(f"simctl: {error}", err=True)
+            return 2
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
