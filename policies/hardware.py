@@ -1,0 +1,312 @@
+"""Hardware profiles: the calibrated constants that the simulator and the runtime both read.
+
+A profile is a TOML file in ``policies/profiles`` or anywhere else. It gives every figure in SI
+units and says for each where it comes from. Nothing here knows a clock: a profile answers how
+long one copy or one expert takes, not when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from policies.tables import build, leaves
+from traces.errors import InputError
+
+PROFILES = Path(__file__).with_name("profiles")
+
+#: Where a figure may come from. *reported*: measured by others, *measured*: on the machine named.
+SOURCES = ("measured", "reported", "datasheet", "assumed")
+KINDS = ("measured", "datasheet")
+
+#: The sections whose every figure needs a source.
+FIGURES = ("gpu", "link", "host", "software", "expert", "cpu")
+
+MATMUL_WEIGHT_FLOPS = 2
+SWIGLU_MATRICES = 3
+
+
+@dataclass(frozen=True)
+class CopyTable:
+    """Seconds of one copy by its size, interpolated between what was measured."""
+
+    sizes_bytes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sizes_bytes) != len(self.seconds) or len(self.seconds) < 2:
+            raise InputError(
+                f"{len(self.sizes_bytes)} sizes_bytes and {len(self.seconds)} seconds, "
+                "expected as many of each and at least 2"
+            )
+        if any(a >= b for a, b in pairwise(self.sizes_bytes)):
+            raise InputError("sizes_bytes are not rising")
+        if self._monotone[-1] <= self._monotone[-2]:
+            raise InputError("the last of seconds is not the longest")
+
+    @cached_property
+    def _monotone(self) -> tuple[float, ...]:
+        """The seconds, lowered where a larger copy was measured to be faster."""
+        return tuple(min(self.seconds[i:]) for i in range(len(self.seconds)))
+
+    def copy_s(self, size_bytes: float) -> float:
+        """Seconds of a copy of *size_bytes*; beyond either end the nearest segment goes on."""
+        sizes, seconds = self.sizes_bytes, self._monotone
+        i = min(max(bisect_right(sizes, size_bytes) - 1, 0), len(sizes) - 2)
+        slope = (seconds[i + 1] - seconds[i]) / (sizes[i + 1] - sizes[i])
+        return max(seconds[i] + (size_bytes - sizes[i]) * slope, 0.0)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction of the link: *isolated* copies into an idle engine, *queued* back to back."""
+
+    isolated: CopyTable
+    queued: CopyTable
+
+    def copy_s(self, size_bytes: float, queued: bool) -> float:
+        """Seconds the copy engine needs for *size_bytes*, right behind another copy or not."""
+        table = self.queued if queued else self.isolated
+        return table.copy_s(size_bytes)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Host and GPU are joined by one engine each way; they do not slow each other down."""
+
+    h2d: Direction
+    d2h: Direction
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the GPU reaches: memory and dense bf16 rates are achievable ones, not peaks.
+
+    *kernel_min_s* is the shortest time that one kernel takes up in a stream without host delays.
+    """
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_s: float
+    bf16_flops_per_s: float
+    kernel_min_s: float
+
+
+@dataclass(frozen=True)
+class Host:
+    """What one host thread needs to issue work.
+
+    *copy_issue_s* per copy, *kernel_launch_s* per kernel with the framework's overhead,
+    *gate_sync_s* from a gate's last kernel until the host has its answer, *event_s* for policy
+    and planner per event, *step_s* for a step's work outside its layers.
+    """
+
+    copy_issue_s: float
+    kernel_launch_s: float
+    gate_sync_s: float
+    event_s: float
+    step_s: float
+    pinned_alloc_bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Software:
+    """How many kernels the model's code launches per layer.
+
+    *attention_kernels* come before the gate's answer is known; then *expert_kernels_fixed* for
+    every group of experts computed together, and *expert_kernels_each* for each of the group.
+    """
+
+    name: str
+    attention_kernels: int = field(metadata={"least": 0})
+    expert_kernels_fixed: int = field(metadata={"least": 0})
+    expert_kernels_each: int = field(metadata={"least": 0})
+
+
+@dataclass(frozen=True)
+class ExpertModel:
+    """How well an expert uses the GPU.
+
+    *kernels* when it is computed alone; *memory_efficiency*, the share of the GPU's memory rate
+    at which its weights are read; *activation_passes*, how many vectors of its mean width a
+    token reads and writes.
+    """
+
+    kernels: int
+    memory_efficiency: float
+    activation_passes: float
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Experts computed by the host: read at *expert_bytes_per_s* or bound by *flops_per_s*."""
+
+    expert_bytes_per_s: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Where and when a measured profile was taken."""
+
+    machine: str
+    driver: str
+    software: str
+    date: str
+
+
+@dataclass(frozen=True)
+class ExpertRow:
+    """Measured times of one SwiGLU expert: eager by tokens, and in a CUDA graph (one token).
+
+    *graph_s* of 0 means that it was not measured; so does an empty *tokens*.
+    """
+
+    model: str
+    expert_bytes: int
+    tokens: tuple[int, ...]
+    eager_s: tuple[float, ...]
+    graph_s: float = field(default=0.0, metadata={"least": 0})
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """One machine as the two worlds see it; *sources* says where each figure comes from."""
+
+    name: str
+    kind: str
+    title: str
+    gpu: Gpu
+    link: Link
+    host: Host
+    software: Software
+    expert: ExpertModel
+    cpu: Cpu
+    sources: Mapping[str, str] = field(hash=False)
+    measurement: Measurement | None = None
+    expert_rows: tuple[ExpertRow, ...] = ()
+
+    def roofline_s(self, read_bytes: float, flops: float, activation_bytes: float = 0.0) -> float:
+        """GPU seconds to read *read_bytes* of weights and do *flops* on them, launches aside.
+
+        Reading and computing overlap only in part, which the root of squares expresses.
+        """
+        rate = self.gpu.memory_bytes_per_s
+        read_s = read_bytes / (self.expert.memory_efficiency * rate)
+        compute_s = flops / self.gpu.bf16_flops_per_s + activation_bytes / rate
+        return math.hypot(read_s, compute_s)
+
+    def expert_s(self, expert_bytes: float, flops_per_token: float, tokens: int) -> float:
+        """GPU seconds of one expert computed alone for *tokens* tokens.
+
+        *flops_per_token* is two per weight. Never less than its kernels take at the least.
+        """
+        floor_s = self.expert.kernels * self.gpu.kernel_min_s
+        return max(floor_s, self._expert_roofline_s(expert_bytes, flops_per_token, tokens))
+
+    def group_s(self, expert_bytes: float, flops_per_token: float, tokens: Sequence[int]) -> float:
+        """GPU seconds of several experts computed together; *tokens* has one number for each.
+
+        The number of kernels is the software's: it bounds the time from below.
+        """
+        kernels = self.group_kernels(len(tokens))
+        loads = (self._expert_roofline_s(expert_bytes, flops_per_token, n) for n in tokens)
+        return max(kernels * self.gpu.kernel_min_s, sum(loads))
+
+    def group_kernels(self, experts: int) -> int:
+        """Kernels that the software launches for a group of *experts* computed together."""
+        return self.software.expert_kernels_fixed + experts * self.software.expert_kernels_each
+
+    def cpu_expert_s(self, expert_bytes: float, flops_per_token: float, tokens: int) -> float:
+        """Host seconds of one expert computed on the CPU for *tokens* tokens."""
+        read_s = expert_bytes / self.cpu.expert_bytes_per_s
+        return max(read_s, flops_per_token * tokens / self.cpu.flops_per_s)
+
+    def source_of(self, path: str) -> str:
+        """Where the figure at *path* (``gpu.memory_bytes``) comes from, '' if nothing is said."""
+        while path not in self.sources and "." in path:
+            path = path.rpartition(".")[0]
+        return self.sources.get(path, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def _expert_roofline_s(self, expert_bytes: float, flops_per_token: float, tokens: int) -> float:
+        weights = flops_per_token / MATMUL_WEIGHT_FLOPS
+        mean_width = math.sqrt(weights / SWIGLU_MATRICES)
+        bytes_per_value = expert_bytes / weights
+        passes = self.expert.activation_passes * mean_width * bytes_per_value
+        return self.roofline_s(expert_bytes, flops_per_token * tokens, passes * tokens)
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with the package, by name."""
+    return sorted(path.stem for path in PROFILES.glob("*.toml"))
+
+
+def load_profile(name_or_path: str | Path) -> HardwareProfile:
+    """Read a profile by its name, or from a TOML file (a path, or a name that ends in .toml).
+
+    Raises :class:`InputError` naming file and key, or the nearest name of an unknown profile.
+    """
+    path = _locate(str(name_or_path))
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected a hardware profile") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from None
+    if "name" in raw:
+        raise InputError(f"{path}: unknown key 'name': a profile is called as its file")
+    profile = build(HardwareProfile, {"name": path.stem, **raw}, str(path))
+    _check(profile, str(path))
+    return profile
+
+
+def _locate(name: str) -> Path:
+    if name.endswith(".toml") or "/" in name:
+        return Path(name)
+    if name not in profile_names():
+        near = difflib.get_close_matches(name.lower(), profile_names(), n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(profile_names())
+        raise InputError(f"hardware: no profile {name!r}{hint} (known: {known}; or a .toml file)")
+    return PROFILES / f"{name}.toml"
+
+
+def _check(profile: HardwareProfile, where: str) -> None:
+    """What no single value can tell: kinds, sources and tables that fit each other."""
+    if profile.kind not in KINDS:
+        raise InputError(f"{where}: kind is {profile.kind!r}, expected {' or '.join(KINDS)}")
+    if (profile.kind == "measured") != (profile.measurement is not None):
+        raise InputError(f"{where}: [measurement] belongs to kind 'measured' and to no other")
+    _check_sources(profile, where)
+    for way, direction in (("h2d", profile.link.h2d), ("d2h", profile.link.d2h)):
+        for size in direction.queued.sizes_bytes:
+            if direction.copy_s(size, queued=True) > 1.01 * direction.copy_s(size, queued=False):
+                raise InputError(f"{where}: link.{way}: queued copies of {size} bytes are slower")
+
+
+def _check_sources(profile: HardwareProfile, where: str) -> None:
+    figures = list(leaves(profile, FIGURES))
+    for path in figures:
+        if not profile.source_of(path):
+            raise InputError(f"{where}: sources: nothing is said of {path}")
+    for path, source in profile.sources.items():
+        if source.partition(":")[0] not in SOURCES:
+            raise InputError(
+                f"{where}: sources.{path} is {source!r}, expected it to begin with one of "
+                f"{', '.join(SOURCES)} and a colon"
+            )
+        if not any(f"{figure}.".startswith(f"{path}.") for figure in figures):
+            raise InputError(f"{where}: sources.{path} names no figure of the profile")
