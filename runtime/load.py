@@ -1,0 +1,81 @@
+"""Models and tokenizers from a folder, with the user's mistakes said in one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from runtime.families import check_family
+from traces.errors import InputError
+from traces.model import DTYPE_BYTES
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called *name*: ``cpu``, ``cuda``, or ``auto`` for a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device found, expected one; use --device cpu")
+    return torch.device(name)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def read_config(folder: Path) -> Any:
+    """The checkpoint's configuration, refused before any weight is read if unsupported."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json found, expected a model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: configuration not understood: {_one_line(error)}") from None
+    check_family(config.model_type, str(folder))
+    return config
+
+
+def quantisation(config: Any, where: str) -> dict[str, Any]:
+    """Loading options for a quantised checkpoint: full-precision weights or a refusal."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return {}
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    if method != "mxfp4":
+        raise InputError(
+            f"{where}: weights are quantised with {method!r}, expected full precision or mxfp4"
+        )
+    # Packed experts come with a router path of their own that no hook sees.
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
+
+
+def load_model(folder: Path, dtype: str = "auto", device: str = "auto") -> Any:
+    """The causal language model in *folder*, in evaluation mode on *device*."""
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPE_BYTES)}")
+    options = quantisation(read_config(folder), str(folder))
+    target = pick_device(device)
+    if not sys.stderr.isatty():
+        # transformers draws its loading bar into pipes and log files too.
+        bars: Any = logging
+        bars.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: weights not loaded: {_one_line(error)}") from None
+    return model.eval().to(target)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies beside the model in *folder*."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: tokenizer not loaded: {_one_line(error)}") from None
