@@ -197,6 +197,19 @@ class Checker:
         raise InputError(f"{self.where}: row {row} ({place}): {text}")
 
 
+def narrowed(block: TokenBlock) -> TokenBlock:
+    """The checked *block* in the types of the format."""
+    if block.weights is not None and block.weights.dtype == np.float64:
+        block.weights = block.weights.astype(np.float32)
+    block.sequence = block.sequence.astype(np.int32, copy=False)
+    block.position = block.position.astype(np.int32, copy=False)
+    block.experts = block.experts.astype(np.int16, copy=False)
+    block.ahead = tuple(array.astype(np.int16, copy=False) for array in block.ahead)
+    if block.tokens is not None:
+        block.tokens = block.tokens.astype(np.int32, copy=False)
+    return block
+
+
 def repeats(ids: IntArray) -> BoolArray:
     """Where a set along the last axis holds one id twice: bool of the leading axes."""
     found = np.zeros(ids.shape[:-1], bool)

@@ -23,6 +23,11 @@ AHEAD = ("ahead_1", "ahead_2", "ahead_3")
 OPTIONAL = ("token", "weights", *AHEAD)
 PHASES = ("prefill", "decode")
 
+METADATA_KEY = b"simctl"
+
+#: Rows of one row group, and of one batch when reading.
+GROUP_ROWS = 131072
+
 
 @dataclass(frozen=True)
 class Place:

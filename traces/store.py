@@ -7,22 +7,20 @@ trace may be larger than memory.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from traces.block import ABSENT, Checker, TokenBlock, block_of, sequence_of
+from traces import columns
+from traces.block import Checker, TokenBlock, narrowed, sequence_of
 from traces.columns import (
     AHEAD,
     OPTIONAL,
-    PHASES,
     REQUIRED,
     Place,
     Rows,
@@ -30,15 +28,12 @@ from traces.columns import (
     rows_of,
     tokens_of,
 )
-from traces.errors import InputError
+from traces.errors import InputError, first_line
 from traces.model import ModelSpec
 from traces.trace import TokenSequence
+from traces.writing import replacing, write_file
 
 VERSION = 1
-METADATA_KEY = b"simctl"
-
-#: Rows of one row group, and of one batch when reading.
-GROUP_ROWS = 131072
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class StoredTrace:
             if whole:
                 block = tokens_of(rows.cut(0, whole), self.model, place)
                 checker.check(block)
-                yield _narrowed(block)
+                yield narrowed(block)
         if rest is None:
             raise InputError(f"{self.path}: holds no rows, expected at least one token")
         if len(rest):
@@ -124,14 +119,16 @@ class StoredTrace:
     def _batches(self, wanted: Collection[str]) -> Iterator[Any]:
         with _open(self.path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in (*REQUIRED, *OPTIONAL) if name in names]
-            columns = [name for name in columns if name in REQUIRED or name in wanted]
-            batches = file.iter_batches(GROUP_ROWS, columns=columns)
+            read = [name for name in (*REQUIRED, *OPTIONAL) if name in names]
+            read = [name for name in read if name in REQUIRED or name in wanted]
+            batches = file.iter_batches(columns.GROUP_ROWS, columns=read)
             while True:
                 try:
                     batch = next(batches, None)
                 except (pa.ArrowException, OSError) as error:
-                    raise InputError(f"{self.path}: damaged parquet data: {_line(error)}") from None
+                    raise InputError(
+                        f"{self.path}: damaged parquet data: {first_line(error)}"
+                    ) from None
                 if batch is None:
                     return
                 if len(batch):
@@ -188,151 +185,9 @@ def write_trace(
         "license": license,
         **({"extra": dict(extra)} if extra else {}),
     }
-    with _replacing(path) as unfinished:
-        _write(unfinished, str(path), model, sequences, json.dumps(notes))
+    with replacing(path) as unfinished:
+        write_file(unfinished, str(path), model, sequences, json.dumps(notes))
     return open_trace(path)
-
-
-def _write(
-    target: Path, where: str, model: ModelSpec, sequences: Iterable[TokenSequence], notes: str
-) -> None:
-    """Stream *sequences* into the parquet file *target*; messages say *where*."""
-    checker = Checker(where, model)
-    writer: Any = None
-    shape: tuple[bool, tuple[int, ...]] | None = None
-    pending: list[Any] = []
-    try:
-        for sequence in sequences:
-            block = _stored(sequence, model, where)
-            found = (block.weights is not None, tuple(a.shape[2] for a in block.ahead))
-            shape = shape or found
-            if found != shape:
-                raise InputError(
-                    f"{where}: sequence {sequence.id} has (weights, ahead widths) {found}, "
-                    f"expected {shape} as in the first sequence"
-                )
-            checker.check(block)
-            for table in _tables(_narrowed(block), model):
-                pending.append(table)
-                if sum(map(len, pending)) >= GROUP_ROWS:
-                    writer = writer or _writer(target, table.schema, notes)
-                    writer.write_table(pa.concat_tables(pending))
-                    pending = []
-        if shape is None:
-            raise InputError(f"{where}: no sequences to write, expected at least one")
-        if pending:
-            writer = writer or _writer(target, pending[0].schema, notes)
-            writer.write_table(pa.concat_tables(pending))
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-def _stored(sequence: TokenSequence, model: ModelSpec, where: str) -> TokenBlock:
-    """The block of *sequence* once its arrays have the shapes of *model*."""
-    count = len(sequence)
-    grid = (count, model.layers)
-    shapes: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("experts", sequence.experts, (*grid, model.top_k)),
-        ("positions", sequence.positions, (count,)),
-        ("tokens", sequence.tokens, (count,)),
-        ("weights", sequence.weights, (*grid, model.top_k)),
-    ]
-    for depth, ahead in enumerate(sequence.ahead, start=1):
-        shapes.append((f"ahead_{depth}", ahead, (*grid, ahead.shape[-1] if ahead.ndim else 0)))
-    for name, array, expected in shapes:
-        if array is not None and array.shape != expected:
-            raise InputError(
-                f"{where}: sequence {sequence.id}: {name} has shape {array.shape}, "
-                f"expected {expected}"
-            )
-    if not count:
-        raise InputError(f"{where}: sequence {sequence.id} has no tokens, expected at least one")
-    if len(sequence.ahead) > len(AHEAD):
-        raise InputError(
-            f"{where}: sequence {sequence.id}: {len(sequence.ahead)} ahead arrays, "
-            f"expected at most {len(AHEAD)}"
-        )
-    block = block_of(sequence)
-    if block.weights is not None:
-        with np.errstate(over="ignore"):
-            block.weights = block.weights.astype(np.float16, copy=False)
-    return block
-
-
-def _narrowed(block: TokenBlock) -> TokenBlock:
-    """The checked *block* in the types of the format."""
-    if block.weights is not None and block.weights.dtype == np.float64:
-        block.weights = block.weights.astype(np.float32)
-    block.sequence = block.sequence.astype(np.int32, copy=False)
-    block.position = block.position.astype(np.int32, copy=False)
-    block.experts = block.experts.astype(np.int16, copy=False)
-    block.ahead = tuple(array.astype(np.int16, copy=False) for array in block.ahead)
-    if block.tokens is not None:
-        block.tokens = block.tokens.astype(np.int32, copy=False)
-    return block
-
-
-def _tables(block: TokenBlock, model: ModelSpec) -> Iterator[Any]:
-    """Arrow tables of at most about GROUP_ROWS rows."""
-    step = max(GROUP_ROWS // model.layers, 1)
-    for start in range(0, len(block), step):
-        yield _table(block.cut(start, start + step), model)
-
-
-def _table(block: TokenBlock, model: ModelSpec) -> Any:
-    layers = model.layers
-
-    def spread(values: Any) -> Any:
-        return pa.array(np.repeat(values, layers))
-
-    def lists(values: Any, mask: Any = None) -> Any:
-        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        return pa.FixedSizeListArray.from_arrays(flat, values.shape[2], mask=mask)
-
-    tokens = np.full(len(block), ABSENT, np.int32) if block.tokens is None else block.tokens
-    layer = np.tile(np.arange(layers, dtype=np.int16), len(block))
-    phase = np.repeat(block.decode.astype(np.int8), layers)
-    columns = {
-        "sequence": spread(block.sequence),
-        "position": spread(block.position),
-        "phase": pa.DictionaryArray.from_arrays(pa.array(phase), list(PHASES)),
-        "token": pa.array(np.repeat(tokens, layers), mask=np.repeat(tokens == ABSENT, layers)),
-        "layer": pa.array(layer),
-        "experts": lists(block.experts),
-    }
-    if block.weights is not None:
-        columns["weights"] = lists(block.weights)
-    for depth, ahead in enumerate(block.ahead, start=1):
-        columns[AHEAD[depth - 1]] = lists(ahead, pa.array(layer + depth >= layers))
-    return pa.table(columns)
-
-
-def _writer(target: Path, schema: Any, notes: str) -> Any:
-    schema = schema.with_metadata({METADATA_KEY: notes.encode()})
-    # Expert ids and row keys repeat; gate weights do not, a dictionary only slows them down.
-    dictionary = [name for name in schema.names if name in REQUIRED or name == "token"]
-    dictionary += [f"{name}.list.element" for name in ("experts", *AHEAD) if name in schema.names]
-    return pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=dictionary)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside *path* that takes its place when the block ends well, else goes."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, expected a file to write")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.touch(exist_ok=False)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {_line(error)}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -345,7 +200,7 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file: {_line(error)}") from None
+        raise InputError(f"{path}: not a readable parquet file: {first_line(error)}") from None
     with file:
         yield file
 
@@ -353,12 +208,12 @@ def _open(path: Path) -> Iterator[Any]:
 def _notes(path: Path, metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     """The trace's own metadata, with every field of it present."""
     where = f"{path}: metadata 'simctl'"
-    if METADATA_KEY not in metadata:
+    if columns.METADATA_KEY not in metadata:
         raise InputError(f"{where} is missing, expected a file written as a trace (JSON, version)")
     try:
-        notes = json.loads(metadata[METADATA_KEY])
+        notes = json.loads(metadata[columns.METADATA_KEY])
     except ValueError as error:
-        raise InputError(f"{where} is not JSON: {_line(error)}") from None
+        raise InputError(f"{where} is not JSON: {first_line(error)}") from None
     if not isinstance(notes, dict):
         raise InputError(f"{where} is {notes!r:.40}, expected an object")
     if notes.get("version") != VERSION:
@@ -390,8 +245,3 @@ def _any_values(file: Any, name: str) -> bool:
                 if statistics.null_count < column.num_values:
                     return True
     return False
-
-
-def _line(error: BaseException) -> str:
-    """The first line of *error*'s message."""
-    return (str(error) or type(error).__name__).splitlines()[0]
