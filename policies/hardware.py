@@ -8,7 +8,6 @@ long one copy or one expert takes, not when.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import tomllib
 from bisect import bisect_right
@@ -21,6 +20,7 @@ from typing import Any
 
 from policies.tables import build, leaves
 from traces.errors import InputError
+from traces.names import did_you_mean
 
 PROFILES = Path(__file__).with_name("profiles")
 
@@ -211,7 +211,7 @@ class HardwareProfile:
         *flops_per_token* is two per weight. Never less than its kernels take at the least.
         """
         floor_s = self.expert.kernels * self.gpu.kernel_min_s
-        return max(floor_s, self._expert_roofline_s(expert_bytes, flops_per_token, tokens))
+        return max(floor_s, self.expert_roofline_s(expert_bytes, flops_per_token, tokens))
 
     def group_s(self, expert_bytes: float, flops_per_token: float, tokens: Sequence[int]) -> float:
         """GPU seconds of several experts computed together; *tokens* has one number for each.
@@ -219,7 +219,7 @@ class HardwareProfile:
         The number of kernels is the software's: it bounds the time from below.
         """
         kernels = self.group_kernels(len(tokens))
-        loads = (self._expert_roofline_s(expert_bytes, flops_per_token, n) for n in tokens)
+        loads = (self.expert_roofline_s(expert_bytes, flops_per_token, n) for n in tokens)
         return max(kernels * self.gpu.kernel_min_s, sum(loads))
 
     def group_kernels(self, experts: int) -> int:
@@ -241,7 +241,8 @@ class HardwareProfile:
         """Every field as plain values, for JSON."""
         return dataclasses.asdict(self)
 
-    def _expert_roofline_s(self, expert_bytes: float, flops_per_token: float, tokens: int) -> float:
+    def expert_roofline_s(self, expert_bytes: float, flops_per_token: float, tokens: int) -> float:
+        """GPU seconds of one expert's reads and operations, launches aside."""
         weights = flops_per_token / MATMUL_WEIGHT_FLOPS
         mean_width = math.sqrt(weights / SWIGLU_MATRICES)
         bytes_per_value = expert_bytes / weights
@@ -277,8 +278,7 @@ def _locate(name: str) -> Path:
     if name.endswith(".toml") or "/" in name:
         return Path(name)
     if name not in profile_names():
-        near = difflib.get_close_matches(name.lower(), profile_names(), n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, profile_names())
         known = ", ".join(profile_names())
         raise InputError(f"hardware: no profile {name!r}{hint} (known: {known}; or a .toml file)")
     return PROFILES / f"{name}.toml"

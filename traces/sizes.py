@@ -6,7 +6,6 @@ can be checked against what the authors publish.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import tomllib
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from traces.errors import InputError
 from traces.model import DTYPE_BYTES, ModelSpec
+from traces.names import did_you_mean
 
 SIZES = Path(__file__).with_name("sizes.toml")
 
@@ -152,8 +152,7 @@ def dimensions(name: str) -> Dimensions:
     """
     table = _table()
     if name not in table:
-        near = difflib.get_close_matches(name.lower(), table, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, table)
         raise InputError(f"sizes: no model {name!r}{hint} (known: {', '.join(table)})")
     return table[name]
 
