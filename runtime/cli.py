@@ -167,7 +167,7 @@ def capture(**options: Any) -> None:
     prompts = _chosen_prompts(options)
 
     from runtime.capture import capture as run
-    from runtime.load import load_model
+    from runtime.load import fitting, load_model
     from runtime.parts import discard
 
     settings = _settings(options)
@@ -178,7 +178,7 @@ def capture(**options: Any) -> None:
     inputs = _token_prompts(options["model"], prompts, options["max_prompt_tokens"])
     origin = _origin(options, model.config.model_type, prompts)
     start = time.monotonic()
-    with progress_bar("capture", len(inputs)) as advance:
+    with fitting(model.device), progress_bar("capture", len(inputs)) as advance:
         run(model, inputs, out, settings, origin, advance)
     click.echo(_summary(out, time.monotonic() - start))
 

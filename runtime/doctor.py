@@ -139,16 +139,18 @@ def _gib(size: int | None) -> str:
     return "unlimited" if size is None else f"{size / 2**30:.1f} GiB"
 
 
+def _link_text(link: dict[str, Any] | None) -> str:
+    if link is None:
+        return ""
+    known = {name: "?" if value is None else value for name, value in link.items()}
+    text = ", PCIe {generation} x{width} now, {max_generation} x{max_width} at best"
+    return text.format(**known)
+
+
 def _gpu_lines(gpu: dict[str, Any], torch: str | None) -> Iterator[str]:
     for found in gpu["gpus"]:
-        link = found["pcie"]
-        pcie = (
-            f", PCIe {link['generation']} x{link['width']} now, "
-            f"{link['max_generation']} x{link['max_width']} at best"
-            if link
-            else ""
-        )
-        yield f"gpu        {found['name']}, {_gib(found['memory_bytes'])}{pcie}"
+        size = _gib(found["memory_bytes"])
+        yield f"gpu        {found['name']}, {size}{_link_text(found['pcie'])}"
     if not gpu["gpus"]:
         yield "gpu        none found: simulation and capture on the CPU work, GPU runs do not"
     if torch is None:

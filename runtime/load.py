@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -66,11 +69,37 @@ def load_model(folder: Path, dtype: str = "auto", device: str = "auto") -> Any:
         # transformers draws its loading bar into pipes and log files too.
         bars: Any = logging
         bars.disable_progress_bar()
+    with fitting(target):
+        return _read_weights(folder, dtype, options).eval().to(target)
+
+
+def _read_weights(folder: Path, dtype: str, options: dict[str, Any]) -> Any:
+    """The model on the CPU; weights the checkpoint lacks are not made up."""
+    loader: Any = AutoModelForCausalLM
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+        model, info = loader.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: weights not loaded: {_one_line(error)}") from None
-    return model.eval().to(target)
+    if info["missing_keys"]:
+        absent = sorted(info["missing_keys"])
+        raise InputError(
+            f"{folder}: {len(absent)} weights are missing, expected all; first {absent[0]}"
+        )
+    return model
+
+
+@contextmanager
+def fitting(device: torch.device) -> Iterator[None]:
+    """A full *device* is the user's to mend: it becomes an :class:`InputError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"--device {device.type}: out of memory, expected room for model and batch; "
+            f"try a smaller --batch or --device cpu ({_one_line(error)})"
+        ) from None
 
 
 def load_tokenizer(folder: Path) -> Any:
