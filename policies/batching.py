@@ -1,18 +1,18 @@
 """From sequences to steps: which tokens run together, and what each layer then demands.
 
-The rule (both worlds): sequences are taken *batch* at a time in file order. All prompts of a
-batch are prefilled in one step; decode step j takes every live sequence's j-th decode token;
+The rule (both worlds): sequences are taken *batch* at a time, in file order unless a scheduler
+arranges them. All prompts of a batch are prefilled in one step; decode step j takes every live sequence's j-th decode token;
 the next sequences start when the batch is empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
+from policies.scheduling import BatchScheduler, FileOrder
 from policies.routing import DECODE, PREFILL, Step
 from traces.trace import FloatArray, IntArray, TokenSequence, Trace
 
@@ -40,13 +40,33 @@ class Block:
     next_use: IntArray | None = field(default=None)
 
 
-def blocks(trace: Trace, batch: int) -> Iterator[Block]:
-    """Every step of a run over *trace*, *batch* sequences at a time, as blocks."""
-    total = trace.model.experts
-    sequences = iter(trace.sequences())
-    while members := list(islice(sequences, batch)):
-        yield from _prefill(members, total)
-        yield from _decode(members, total)
+@dataclass(frozen=True)
+class Batches:
+    """What runs: the sequences of *trace*, *batch* at a time, as *scheduler* arranges them."""
+
+    trace: Trace
+    batch: int = 1
+    scheduler: BatchScheduler = field(default_factory=FileOrder)
+    columns: Collection[str] | None = None
+
+    def members(self) -> Iterator[list[TokenSequence]]:
+        """The sequences of each batch."""
+        return self.scheduler.batches(self.trace.sequences(self.columns), self.batch)
+
+    def blocks(self) -> Iterator[Block]:
+        """Every step of the run, as blocks."""
+        experts = self.trace.model.experts
+        for members in self.members():
+            yield from _prefill(members, experts)
+            yield from _decode(members, experts)
+
+    def steps(self) -> Iterator[Step]:
+        """Every step of the run."""
+        return steps(self.blocks())
+
+    def peak_kv_tokens(self) -> int:
+        """Most tokens whose keys and values are held at once."""
+        return max(sum(int(m.positions[-1]) + 1 for m in batch) for batch in self.members())
 
 
 def _prefill(members: list[TokenSequence], experts: int) -> Iterator[Block]:
@@ -116,9 +136,9 @@ def demand_of(chosen: IntArray, experts: int) -> tuple[IntArray, IntArray, IntAr
     return (used % span).astype(np.int32), lengths, tally[used]
 
 
-def steps(source: Iterator[Block], start: int = 0) -> Iterator[Step]:
-    """The steps of *source*, numbered from *start*."""
-    number = start
+def steps(source: Iterator[Block]) -> Iterator[Step]:
+    """The steps of *source*, numbered from 0."""
+    number = 0
     for block in source:
         demand = _nested(block.flat, block.lengths)
         counts = None if block.counts is None else _nested(block.counts, block.lengths)

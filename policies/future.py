@@ -6,28 +6,28 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from policies.batching import Block, blocks
-from traces.trace import IntArray, Trace
+from policies.batching import Batches, Block, steps
+from policies.routing import Step
+from traces.trace import IntArray
 
 #: Next use of an expert that never comes again.
 NEVER = 2**31 - 1
 
 
 class Future:
-    """All accesses of a run over *trace*, and the event at which each expert comes next.
+    """All accesses of a run over *batches*, and the event at which each expert comes next.
 
     Six bytes per access are kept (uint16 expert, int32 next event) while there are fewer
     than 65,536 experts.
     """
 
-    def __init__(self, trace: Trace, batch: int) -> None:
-        self._trace = trace
-        self._batch = batch
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
         self._experts: list[IntArray] = []
         self._ends: list[IntArray] = []
-        total = trace.model.total_experts
+        total = batches.trace.model.total_experts
         self.popularity = np.zeros(total, dtype=np.int64)
-        for block in blocks(trace, batch):
+        for block in batches.blocks():
             small = block.flat.astype(np.uint16) if total <= 1 << 16 else block.flat
             self._experts.append(small)
             self._ends.append(block.lengths.reshape(-1))
@@ -62,9 +62,13 @@ class Future:
 
     def blocks(self) -> Iterator[Block]:
         """The run's blocks again, each with its next uses."""
-        for block, next_use in zip(blocks(self._trace, self._batch), self._next_use, strict=True):
+        for block, next_use in zip(self._batches.blocks(), self._next_use, strict=True):
             block.next_use = next_use
             yield block
+
+    def steps(self) -> Iterator[Step]:
+        """The run's steps again, knowing what comes after each."""
+        return steps(self.blocks())
 
     def demand(self) -> Iterator[list[int]]:
         """Every event's demand in order: a cursor that an oracle runs ahead with."""

@@ -33,7 +33,13 @@ class ExpertCache:
         self.full_slots = context.slots if full_slots is None else full_slots
         self.low_slots = low_slots
         self._by_layer = context.pool == "layer"
-        self._free = self._divide(self.full_slots, 0) + self._divide(low_slots, self.full_slots)
+        self._free = self._divide(self.full_slots, 0)
+        if low_slots:
+            self._free += self._divide(low_slots, self.full_slots)
+        self._split = len(self._free) > 1
+        self._copies = context.total * (2 if low_slots else 1)
+        #: Candidates a policy may name before the ledger stops listening.
+        self._patience = 4 * context.total + 64
 
     def _divide(self, slots: int, first: int) -> list[list[int]]:
         """Free slots of each pool, the lowest on top."""
@@ -71,29 +77,21 @@ class ExpertCache:
         Returns (slot, victim), the victim -1 where a slot was free, or None when there is
         neither. Raises :class:`LedgerError` when *copy* is held already or is no expert.
         """
-        if copy in self.slot_of or not 0 <= copy < 2 * self.context.total:
+        slot_of = self.slot_of
+        if copy in slot_of or not 0 <= copy < self._copies:
             raise self._refusal(copy, "was to be placed, expected an expert that is not held")
-        pool = self.pool_of(copy)
+        pool = self.pool_of(copy) if self._split else 0
         free = self._free[pool]
         if free:
-            slot = free.pop()
-            self.slot_of[copy] = slot
+            slot = slot_of[copy] = free.pop()
             return slot, -1
-        victim = self._first_victim(pool, victims)
-        if victim is None:
-            return None
-        slot = self.slot_of.pop(victim)
-        self.slot_of[copy] = slot
-        return slot, victim
-
-    def _first_victim(self, pool: int, victims: Iterable[int]) -> int | None:
-        slot_of, pinned = self.slot_of, self.pinned
-        split = len(self._free) > 1
-        patience = 2 * len(slot_of) + len(pinned) + 64
+        pinned = self.pinned
+        patience = self._patience
         for victim in victims:
             if victim in slot_of and victim not in pinned:
-                if not split or self.pool_of(victim) == pool:
-                    return victim
+                if not self._split or self.pool_of(victim) == pool:
+                    slot = slot_of[copy] = slot_of.pop(victim)
+                    return slot, victim
             patience -= 1
             if patience < 0:
                 raise self._refusal(victim, "is one of endless victims that cannot go")
@@ -117,6 +115,6 @@ class ExpertCache:
         return slot
 
     def _refusal(self, copy: object, what: str) -> LedgerError:
-        known = isinstance(copy, int) and 0 <= copy < 2 * self.context.total
+        known = isinstance(copy, int) and 0 <= copy < self._copies
         name = self.context.name(copy) if known else repr(copy)  # type: ignore[arg-type]
         return LedgerError(f"policy {self.policy!r}, event {self.event}: {name} {what}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from policies.base import Context
 
@@ -20,49 +20,44 @@ class Pools:
 
     def of(self, copy: int) -> int:
         """The pool of *copy*: full-precision pools first, then the low ones."""
+        if not self.by_layer:
+            return copy >= self._total
         low, expert = (self._half, copy - self._total) if copy >= self._total else (0, copy)
-        return low + expert // self._experts if self.by_layer else low
+        return low + expert // self._experts
 
 
 class Recency:
     """Copies from least to most recent, within each pool."""
 
     def __init__(self, context: Context) -> None:
-        self._pools = Pools(context)
-        self._orders: list[OrderedDict[int, None]] = [
-            OrderedDict() for _ in range(self._pools.count)
-        ]
+        pools = Pools(context)
+        self._of = pools.of
+        self._orders: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(pools.count)]
 
     def order(self, copy: int) -> OrderedDict[int, None]:
-        """The ordering that *copy* belongs to."""
-        return self._orders[self._pools.of(copy)]
+        """The ordering that *copy* belongs to, least recent first."""
+        return self._orders[self._of(copy)]
 
-    def touch(self, experts: Iterable[int]) -> None:
+    def touch(self, experts: Sequence[int]) -> None:
         """Make one layer's *experts* most recent, in the order given."""
-        order: OrderedDict[int, None] | None = None
+        order = self._orders[self._of(experts[0])]
         for expert in experts:
-            if order is None:
-                order = self.order(expert)
             order[expert] = None
             order.move_to_end(expert)
 
     def add(self, copy: int) -> None:
         """Make *copy* most recent unless it has its place already."""
-        self.order(copy).setdefault(copy)
+        self._orders[self._of(copy)].setdefault(copy)
 
     def remove(self, copy: int) -> None:
         """Forget *copy*."""
-        self.order(copy).pop(copy, None)
+        self._orders[self._of(copy)].pop(copy, None)
 
     def first(self, copy: int) -> None:
         """Make *copy* the least recent of its pool, if it is there."""
         order = self.order(copy)
         if copy in order:
             order.move_to_end(copy, last=False)
-
-    def oldest(self, incoming: int) -> Iterable[int]:
-        """The pool of *incoming*, least recent first."""
-        return self.order(incoming)
 
 
 class _Bucket:

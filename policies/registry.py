@@ -1,14 +1,13 @@
 """Finding policies and forecasters by name, file or entry point, and building them.
 
 ``lru``, ``predictive:horizon=4``, ``my.py:Mine``, ``my.py:Mine:width=3`` and names that other
-distributions announce under the entry points ``expertflow.policies`` and
-``expertflow.forecasters``.
+distributions announce under the entry points ``expertflow.policies``,
+``expertflow.forecasters`` and ``expertflow.schedulers``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -21,7 +20,9 @@ from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from policies.base import Forecaster, Policy
+from policies.scheduling import BatchScheduler
 from traces.errors import InputError
+from traces.names import did_you_mean
 
 T = TypeVar("T")
 
@@ -83,11 +84,9 @@ class Registry(Generic[T]):
             return self._from_file(Path(head), class_name), options
         classes = self.classes()
         if head not in classes:
-            near = difflib.get_close_matches(head, classes, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
             raise InputError(
-                f"unknown {self.kind} {head!r}{hint} expected one of {', '.join(classes)} "
-                "or path/to/file.py:Class"
+                f"unknown {self.kind} {head!r}{did_you_mean(head, classes)} "
+                f"(known: {', '.join(classes)}; or path/to/file.py:Class)"
             )
         return classes[head], rest
 
@@ -124,11 +123,9 @@ class Registry(Generic[T]):
             if not equals:
                 raise InputError(f"{self.kind} {text!r}: {item!r} found, expected key=value")
             if key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
                 raise InputError(
-                    f"{self.kind} {name!r}: unknown parameter {key!r}{hint} "
-                    f"expected one of {', '.join(fields) or 'none'}"
+                    f"{self.kind} {name!r}: unknown parameter {key!r}{did_you_mean(key, fields)} "
+                    f"(known: {', '.join(fields) or 'none'})"
                 )
             values[key] = _convert(value.strip(), fields[key], f"{self.kind} {name!r}: {key}")
         try:
@@ -205,5 +202,13 @@ FORECASTERS: Registry[Forecaster] = Registry(
     "expertflow.forecasters",
 )
 
+SCHEDULERS: Registry[BatchScheduler] = Registry(
+    "scheduler",
+    BatchScheduler,  # type: ignore[type-abstract]
+    "policies.schedulers",
+    "expertflow.schedulers",
+)
+
 register = POLICIES.register
+register_scheduler = SCHEDULERS.register
 register_forecaster = FORECASTERS.register

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,8 +61,12 @@ class Trace(Protocol):
         """Under which terms it may be used."""
         ...
 
-    def sequences(self) -> Iterator[TokenSequence]:
-        """Every sequence in file order, streamed; can be called again."""
+    def sequences(self, columns: Collection[str] | None = None) -> Iterator[TokenSequence]:
+        """Every sequence in file order, streamed; can be called again.
+
+        *columns* limits the optional parts that must be there: any of ``token``,
+        ``weights``, ``ahead_1``, ``ahead_2``, ``ahead_3``; by default all there are.
+        """
         ...
 
 
@@ -77,6 +81,6 @@ class MemoryTrace:
     license: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def sequences(self) -> Iterator[TokenSequence]:
-        """Every sequence in order."""
+    def sequences(self, columns: Collection[str] | None = None) -> Iterator[TokenSequence]:
+        """Every sequence in order, whole."""
         return iter(self.items)

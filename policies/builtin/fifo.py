@@ -25,4 +25,4 @@ class FIFO(Policy):
         self._placed.remove(copy)
 
     def victims(self, incoming: int) -> Iterable[int]:
-        return self._placed.oldest(incoming)
+        return self._placed.order(incoming)

@@ -33,4 +33,4 @@ class LRU(Policy):
         self._recency.remove(copy)
 
     def victims(self, incoming: int) -> Iterable[int]:
-        return self._recency.oldest(incoming)
+        return self._recency.order(incoming)

@@ -1,0 +1,89 @@
+"""What things cost in the simulated world: seconds from a hardware profile and a model."""
+
+from __future__ import annotations
+
+from policies.hardware import HardwareProfile
+from traces.model import ModelSpec
+
+
+class Costs:
+    """Seconds of every kind of work on one machine for one model.
+
+    GPU work follows a roofline with launch costs (Williams et al. 2009): the larger of bytes
+    over memory bandwidth and operations over peak rate, never less than its kernels take.
+    Host work is serial: a launch per kernel, a wait per gate, an issue per copy.
+    """
+
+    def __init__(self, profile: HardwareProfile, model: ModelSpec, low_bits: int = 4) -> None:
+        self.profile = profile
+        self.model = model
+        host, software = profile.host, profile.software
+        self.full_bytes = model.expert_bytes
+        self.low_bytes = model.expert_bytes_at(low_bits)
+        self.issue_gate_s = software.attention_kernels * host.kernel_launch_s
+        kernels = [profile.group_kernels(count) for count in range(model.experts + 1)]
+        #: Least GPU seconds of, and host seconds to launch, a group of so many experts.
+        self.group_s = [(n * profile.gpu.kernel_min_s, n * host.kernel_launch_s) for n in kernels]
+        #: The same for one expert that is computed alone when its copy has landed.
+        self.issue_alone_s = profile.expert.kernels * host.kernel_launch_s
+        self.least_alone_s = profile.expert.kernels * profile.gpu.kernel_min_s
+        self.sync_s = host.gate_sync_s
+        self.event_s = host.event_s
+        self.copy_issue_s = host.copy_issue_s
+        self.step_s = host.step_s
+        self._experts: dict[int, float] = {}
+        self._attention: dict[tuple[int, int], float] = {}
+
+    def idle_copy_s(self, size_bytes: int) -> float:
+        """One host-to-device copy into an idle engine."""
+        return self.profile.link.h2d.copy_s(size_bytes, queued=False)
+
+    def queued_copy_s(self, size_bytes: int) -> float:
+        """One host-to-device copy right behind another."""
+        return self.profile.link.h2d.copy_s(size_bytes, queued=True)
+
+    def expert_s(self, tokens: int) -> float:
+        """GPU seconds of one resident expert on *tokens* tokens, its launches aside."""
+        seconds = self._experts.get(tokens)
+        if seconds is None:
+            model = self.model
+            seconds = self.profile.expert_roofline_s(
+                model.expert_bytes, 2 * model.expert_params, tokens
+            )
+            self._experts[tokens] = seconds
+        return seconds
+
+    def cpu_expert_s(self, tokens: int) -> float:
+        """CPU seconds of one expert on *tokens* tokens, weights read from host memory."""
+        model = self.model
+        return self.profile.cpu_expert_s(model.expert_bytes, 2 * model.expert_params, tokens)
+
+    def attention_s(self, tokens: int, kv_tokens: int) -> float:
+        """GPU seconds of everything of one layer before its gate has answered.
+
+        *kv_tokens* sums, over the step's tokens, the positions each attends to. The dense
+        weights of a layer are read once, the key-value cache once per token.
+        """
+        key = (tokens, kv_tokens)
+        seconds = self._attention.get(key)
+        if seconds is None:
+            seconds = self._attention_roofline(tokens, kv_tokens)
+            if len(self._attention) < 1 << 16:
+                self._attention[key] = seconds
+        return seconds
+
+    def _attention_roofline(self, tokens: int, kv_tokens: int) -> float:
+        gpu, model = self.profile.gpu, self.model
+        dense = model.dense_params / model.layers
+        kv_bytes = model.kv_bytes_per_token / model.layers
+        reads = dense * model.param_bytes + kv_tokens * kv_bytes
+        flops = 2 * dense * tokens + 4 * model.hidden * kv_tokens
+        least = self.profile.software.attention_kernels * gpu.kernel_min_s
+        return max(least, reads / gpu.memory_bytes_per_s, flops / gpu.bf16_flops_per_s)
+
+    def layer_s(self) -> float:
+        """One layer of a one-token step with everything resident, host or GPU bound."""
+        count = self.model.top_k
+        gate = max(self.attention_s(1, 1), self.issue_gate_s)
+        work = max(count * self.expert_s(1), *self.group_s[count])
+        return gate + self.sync_s + self.event_s + work

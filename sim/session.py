@@ -1,0 +1,205 @@
+"""One simulated run from what a user asks for to its result."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from policies.base import Context, Forecaster, Policy, Training
+from policies.batching import Batches
+from policies.future import Future
+from policies.hardware import HardwareProfile, load_profile
+from policies.planner import Planner, run_counts
+from policies.recording import Recording
+from policies.registry import FORECASTERS, POLICIES, SCHEDULERS
+from policies.result import Result
+from policies.scheduling import BatchScheduler
+from policies.training import learn
+from sim.budget import Budget
+from sim.costs import Costs
+from sim.outcome import result_of
+from sim.world import World
+from traces.errors import InputError
+from traces.model import ModelSpec
+from traces.sizes import model_sizes, resize
+from traces.store import StoredTrace, open_trace
+from traces.trace import MemoryTrace, Trace
+
+#: Routing of a trace up to this size is kept in memory, so that it is read once.
+KEEP_BYTES = 256 * 2**20
+
+POOLS = ("global", "layer")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything but policy and budget: what the runs of a comparison have in common."""
+
+    trace: str
+    batch: int = 1
+    hardware: str = "h200-pcie5"
+    sizes: str | None = None
+    forecaster: str | None = None
+    scheduler: str = "none"
+    pool: str = "global"
+    train: str | None = None
+    seed: int = 0
+    depth: int = 2
+
+
+@dataclass
+class Session:
+    """A trace on a machine, ready to be run under any policy and budget.
+
+    What does not depend on the policy (the trace, the future, Belady's misses) is worked out
+    once. Every mistake in the setup raises :class:`InputError`.
+    """
+
+    setup: Setup
+    _belady: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.setup.batch < 1:
+            raise InputError(f"--batch {self.setup.batch}: expected at least 1")
+        if self.setup.depth < 1:
+            raise InputError(f"--depth {self.setup.depth}: expected at least 1")
+        if self.setup.pool not in POOLS:
+            raise InputError(f"--pool {self.setup.pool}: expected {' or '.join(POOLS)}")
+        self.stored: StoredTrace = open_trace(self.setup.trace)
+        self.profile: HardwareProfile = load_profile(self.setup.hardware)
+        self.model: ModelSpec = self.stored.model
+        if self.setup.sizes:
+            self.model = resize(self.model, model_sizes(self.setup.sizes))
+        self.scheduler: BatchScheduler = SCHEDULERS.build(self.setup.scheduler)
+
+    @cached_property
+    def training(self) -> Training | None:
+        """What the trace given by ``--train`` teaches."""
+        return learn(open_trace(self.setup.train), self.model) if self.setup.train else None
+
+    @cached_property
+    def _small(self) -> bool:
+        model = self.stored.model
+        per_token = model.layers * model.top_k * (2 + 4 * self.stored.has_weights)
+        return self.stored.tokens * per_token <= KEEP_BYTES
+
+    @cached_property
+    def _routing(self) -> Trace:
+        """The trace without what only few policies need, kept in memory if it is small."""
+        if not self._small:
+            return self.stored
+        sequences = list(self.stored.sequences(()))
+        return MemoryTrace(self.stored.model, sequences, name=self.stored.name)
+
+    def batches(self, columns: frozenset[str] = frozenset()) -> Batches:
+        """The batches of a run that needs *columns* of the trace."""
+        trace = self.stored if columns else self._routing
+        return Batches(trace, self.setup.batch, self.scheduler, columns)
+
+    @cached_property
+    def future(self) -> Future:
+        """All that the trace will demand, for offline policies and bounds."""
+        return Future(self.batches())
+
+    @cached_property
+    def kv_tokens(self) -> int:
+        """Most tokens whose keys and values are held at once."""
+        return self.batches().peak_kv_tokens()
+
+    def slots(self, budget: Budget) -> int:
+        """The slots that *budget* buys for this model on this machine."""
+        slots = budget.resolve(self.model, self.profile, self.kv_tokens)
+        if self.setup.pool == "layer" and slots < self.model.layers * self.model.top_k:
+            raise InputError(
+                f"--pool layer: {slots} slots are fewer than top_k = {self.model.top_k} for each "
+                f"of {self.model.layers} layers, expected at least "
+                f"{self.model.layers * self.model.top_k}"
+            )
+        if self.setup.pool == "layer" and slots > self.model.total_experts:
+            raise InputError(f"--pool layer: {slots} slots, expected at most all experts")
+        return slots
+
+    def context(self, slots: int, costs: Costs) -> Context:
+        """What a policy may know of a run with *slots* slots."""
+        model = self.model
+        return Context(
+            layers=model.layers,
+            experts=model.experts,
+            top_k=model.top_k,
+            slots=slots,
+            pool=self.setup.pool,
+            batch=self.setup.batch,
+            transfer_s=costs.queued_copy_s(costs.full_bytes),
+            transfer_low_s=costs.queued_copy_s(costs.low_bytes),
+            layer_s=costs.layer_s(),
+            expert_s=costs.expert_s(1),
+            seed=self.setup.seed,
+            has_weights=self.stored.has_weights,
+            training=self.training,
+        )
+
+    def belady_missed(self, slots: int) -> int:
+        """Moves of the best demand-only replay with *slots* slots in one global pool."""
+        if slots not in self._belady:
+            model = self.model
+            context = Context(model.layers, model.experts, model.top_k, slots)
+            planner = Planner(POLICIES.build("belady"), context)
+            self._belady[slots] = run_counts(planner, self.future.steps())
+        return self._belady[slots]
+
+    def run(
+        self, policy_text: str, budget: Budget, *, record: bool = False, spans: bool = False
+    ) -> tuple[Result, Recording | None]:
+        """Simulate one policy; a recording comes along if asked for (*spans* for a timeline)."""
+        policy = POLICIES.build(policy_text)
+        forecaster = self._forecaster(policy)
+        columns = self._columns(policy, forecaster)
+        costs = Costs(self.profile, self.model, policy.low_bits)
+        slots = self.slots(budget)
+        context = self.context(slots, costs)
+        if policy.offline or "popularity" in policy.needs:
+            context = dataclasses.replace(context, popularity=self.future.popularity)
+        planner = Planner(
+            policy, context, forecaster, low_bytes_share=costs.low_bytes / costs.full_bytes
+        )
+        recording = Recording(context, with_spans=spans) if record or spans else None
+        world = World(planner, costs, depth=self.setup.depth, recording=recording)
+        source = self.future if policy.offline else self.batches(columns)
+        if forecaster is not None and forecaster.offline:
+            forecaster.reveal(self.future.demand())
+        world.run(source.steps())
+        result = result_of(self, world, self.belady_missed(slots))
+        return result, recording
+
+    def _forecaster(self, policy: Policy) -> Forecaster | None:
+        """The forecaster that was asked for, or the best that the trace allows."""
+        if not policy.forecasts:
+            return None
+        name = self.setup.forecaster
+        if name is None:
+            name = "ahead" if self.stored.ahead_depth else "markov"
+        return FORECASTERS.build(name)
+
+    def _columns(self, policy: Policy, forecaster: Forecaster | None) -> frozenset[str]:
+        """Columns of the trace that the plug-ins need; what it lacks is an input error."""
+        have = {
+            "weights": self.stored.has_weights,
+            "tokens": self.stored.has_tokens,
+            "ahead": self.stored.ahead_depth > 0,
+            "training": self.training is not None,
+            "popularity": True,
+        }
+        names = {"weights": ["weights"], "tokens": ["token"]}
+        names["ahead"] = [f"ahead_{d + 1}" for d in range(self.stored.ahead_depth)]
+        columns: set[str] = set()
+        for kind, plugin in (("policy", policy), ("forecaster", forecaster)):
+            for need in plugin.needs if plugin is not None else ():
+                if not have[need]:
+                    where = "--train FILE" if need == "training" else self.setup.trace
+                    raise InputError(
+                        f"{where}: {kind} {plugin.name!r} needs {need}, expected "  # type: ignore[union-attr]
+                        + ("a training trace" if need == "training" else f"a trace with {need}")
+                    )
+                columns.update(names.get(need, ()))
+        return frozenset(columns)

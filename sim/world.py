@@ -1,0 +1,270 @@
+"""The simulated world: a SimPy process that charges time for what the planner decides.
+
+Host and GPU are two timelines that meet at every gate: the host launches attention, reads the
+gate's answer, plans, issues copies and launches the experts, then runs ahead to the next
+layer; the GPU works in stream order and waits for launches and for copies that have not
+landed. SimPy is the clock: one timeout per event, at the moment the host has the answer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Generator, Iterable, Mapping, Sequence
+
+import simpy
+
+from policies.base import Service, Substitute
+from policies.moves import Move
+from policies.planner import NOTHING, Plan, Planner
+from policies.recording import Recording, StepRow
+from policies.routing import DECODE, Routing, Step
+from sim.costs import Costs
+from sim.link import Link
+
+
+class World:
+    """Runs the steps of one trace under one planner and keeps time.
+
+    After :meth:`run` the attributes hold what was measured, in seconds and counts. The GPU's
+    time is split without rest: ``attention_s + experts_s + host_s + stall_demand_s +
+    stall_late_s + idle_s`` is the total.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        costs: Costs,
+        *,
+        depth: int = 2,
+        recording: Recording | None = None,
+    ) -> None:
+        self.env = simpy.Environment()
+        self.planner = planner
+        self.costs = costs
+        total = planner.context.total
+        self.link = Link(
+            lambda copy: costs.low_bytes if copy >= total else costs.full_bytes,
+            costs.queued_copy_s,
+            costs.idle_copy_s,
+            depth,
+        )
+        self.recording = recording
+        if recording is not None:
+            self.link.on_copy = self._record_copy
+        self.host_free_s = self.gpu_free_s = self.cpu_free_s = 0.0
+        self.bound_host_s = self.bound_gpu_s = 0.0
+        self.attention_s = self.experts_s = self.host_s = 0.0
+        self.stall_demand_s = self.stall_late_s = self.idle_s = 0.0
+        self.steps = self.events = self.accesses = self.late = 0
+        self.decode_tokens = self.prefill_tokens = self.prefill_steps = 0
+        self.peak_kv_tokens = 0
+        #: Duration and tokens of every decode step, in order.
+        self.decode_step_s = array("d")
+        self.decode_step_tokens = array("q")
+        self.prefill_s = 0.0
+
+    def run(self, steps: Iterable[Step]) -> None:
+        """Simulate *steps* from time 0 to the end of the last."""
+        process = self.env.process(self._forward(steps))
+        self.env.run(until=process)
+        self.link.advance(self.total_s)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from the start to the end of the last step."""
+        return self.gpu_free_s
+
+    @property
+    def compute_bound_s(self) -> float:
+        """Seconds the same steps take with every expert resident."""
+        return self.bound_gpu_s
+
+    def _forward(self, steps: Iterable[Step]) -> Generator[simpy.Event, None, None]:
+        for step in steps:
+            started = self.gpu_free_s
+            row = self.recording.begin(step, started) if self.recording else None
+            self._begin(step)
+            yield from self._layers(step, row)
+            self._end(step, started)
+            if row is not None:
+                self._record_step(row)
+
+    def _begin(self, step: Step) -> None:
+        moves = self.planner.begin(step)
+        if moves:
+            self.link.advance(self.host_free_s)
+            issue = self.costs.copy_issue_s
+            self.host_free_s = self.link.prefetch(moves, self.host_free_s, issue)
+
+    def _layers(self, step: Step, row: StepRow | None) -> Generator[simpy.Event, None, None]:
+        """Every event of one step; quiet ones (nothing missed or on its way) stay cheap."""
+        env, costs, pending, plan_event = self.env, self.costs, self.link.pending, self.planner.plan
+        attention = costs.attention_s(step.size, step.kv_tokens)
+        issue_gate, answer, thinking = costs.issue_gate_s, costs.sync_s, costs.event_s
+        one = costs.expert_s(1) if step.size == 1 else None
+        ideal: list[tuple[float, float]] = []
+        event = self.events
+        for layer, experts in enumerate(step.demand):
+            gate = self.gpu_free_s + attention
+            launched = self.host_free_s + issue_gate
+            if launched > gate:
+                self.host_s += launched - gate
+                gate = launched
+            decide = gate + answer
+            yield env.timeout(decide - env.now)
+
+            routing = Routing(step, layer, experts, event)
+            plan = plan_event(routing)
+            event += 1
+            count = len(experts)
+            if one is None:
+                seconds = dict(zip(experts, map(costs.expert_s, routing.counts), strict=True))
+                work = sum(seconds.values())
+            else:
+                seconds = None
+                work = count * one
+            least, issued = costs.group_s[count]
+            work = work if work > least else least
+            busy = work if work > issued else issued
+            ideal.append((issued, busy))
+            if plan is NOTHING and not pending:
+                start = decide + thinking
+                self.experts_s += work
+                self.host_s += start - gate + busy - work
+                self.host_free_s = start + issued
+                self.gpu_free_s = start + busy
+                late = 0
+            else:
+                late = self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
+            if row is not None:
+                self._record_event(row, routing, plan, late)
+        self.accesses += sum(map(len, step.demand))
+        self.events = event
+        self.attention_s += attention * len(step.demand)
+        self._bound(attention, ideal)
+
+    def _bound(self, attention: float, ideal: list[tuple[float, float]]) -> None:
+        """The same step with everything resident: what ``compute_s`` adds up."""
+        host, gpu = self.bound_host_s + self.costs.issue_gate_s, self.bound_gpu_s + attention
+        thinking = self.costs.sync_s + self.costs.event_s
+        for issued, busy in ideal:
+            start = (host if host > gpu else gpu) + thinking
+            host = start + issued + self.costs.issue_gate_s
+            gpu = start + busy + attention
+        self.bound_host_s, self.bound_gpu_s = host - self.costs.issue_gate_s, gpu - attention
+
+    def _serve(
+        self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]
+    ) -> int:
+        """An event that waits for copies or makes some; returns how many were late."""
+        link, costs = self.link, self.costs
+        decide = self.env.now
+        host = decide + costs.event_s
+        if plan.served:
+            seconds = self._served(routing, plan.served, seconds)
+        arriving: list[tuple[Move, float]] = []
+        if link.pending:
+            link.advance(decide)
+            arriving = self._late(seconds, decide)
+        late = len(arriving)
+        waves = [[(move, seconds.pop(move.copy)) for move in wave] for wave in plan.waves]
+        least, issue = costs.group_s[len(seconds)]
+        ready = max(sum(seconds.values()), least)
+        now = gate
+        for wave, loads in zip(plan.waves, waves, strict=True) if waves else _NO_WAVES:
+            begin = max(host, now) if ready == 0.0 else host
+            host = link.demand(wave, begin, costs.copy_issue_s)
+            arriving += loads
+            now = self._compute(now, begin, ready, arriving)
+            host += issue + costs.issue_alone_s * len(arriving)
+            if host > now:
+                self.host_s += host - now
+                now = host
+            arriving, issue, ready = [], 0.0, 0.0
+        if plan.prefetch:
+            host = link.prefetch(plan.prefetch, host, costs.copy_issue_s)
+        if self.cpu_free_s > now:
+            self.idle_s += self.cpu_free_s - now
+            now = self.cpu_free_s
+        self.host_free_s, self.gpu_free_s = host, now
+        self.late += late
+        return late
+
+    def _late(self, seconds: dict[int, float], now: float) -> list[tuple[Move, float]]:
+        """Prefetches that the gate asks for before they have landed, with their work."""
+        pending = self.link.pending
+        late = [(pending[copy], seconds.pop(copy)) for copy in tuple(seconds) if copy in pending]
+        for move, _ in late:
+            self.link.want(move, now)
+        return late
+
+    def _compute(
+        self, now: float, begin: float, ready: float, arriving: list[tuple[Move, float]]
+    ) -> float:
+        """Compute what is there, then the rest as it lands; returns when the GPU is free."""
+        if begin > now:
+            self.host_s += begin - now
+            now = begin
+        now += ready
+        worked = ready
+        if len(arriving) > 1:
+            arriving.sort(key=_landing)
+        least = self.costs.least_alone_s
+        for move, seconds in arriving:
+            wait = move.land_s - now
+            if wait > 0:
+                now = move.land_s
+                if move.demand:
+                    self.stall_demand_s += wait
+                else:
+                    self.stall_late_s += wait
+            if seconds < least:
+                seconds = least
+            worked += seconds
+            now += seconds
+        self.experts_s += worked
+        return now
+
+    def _served(
+        self,
+        routing: Routing,
+        served: Mapping[int, Service | Substitute],
+        full: dict[int, float],
+    ) -> dict[int, float]:
+        """GPU seconds of each copy that computes; what goes to the CPU is booked there."""
+        seconds = {e: s for e, s in full.items() if e not in served}
+        tokens = dict(zip(routing.experts, routing.counts, strict=True))
+        for expert, service in served.items():
+            if service is Service.LOW:
+                seconds[self.planner.context.low(expert)] = full[expert]
+            elif isinstance(service, Substitute):
+                seconds[service.expert] = seconds.get(service.expert, 0.0) + full[expert]
+            elif service is Service.CPU:
+                begin = max(self.cpu_free_s, self.env.now)
+                self.cpu_free_s = begin + self.costs.cpu_expert_s(tokens[expert])
+        return seconds
+
+    def _end(self, step: Step, started: float) -> None:
+        """The step's token must be known on the host before the next step begins."""
+        done = max(self.gpu_free_s, self.host_free_s) + self.costs.step_s
+        self.host_s += done - self.gpu_free_s
+        self.gpu_free_s = self.host_free_s = done
+        bound = max(self.bound_gpu_s, self.bound_host_s) + self.costs.step_s
+        self.bound_gpu_s = self.bound_host_s = bound
+        self.steps += 1
+        self.peak_kv_tokens = max(self.peak_kv_tokens, step.kv_tokens)
+        if step.phase == DECODE:
+            self.decode_tokens += step.size
+            self.decode_step_s.append(done - started)
+            self.decode_step_tokens.append(step.size)
+        else:
+            self.prefill_tokens += step.size
+            self.prefill_s += done - started
+
+
+def _landing(arrival: tuple[Move, float]) -> float:
+    return arrival[0].land_s
+
+
+#: An event without loads still computes what is held, in one pass.
+_NO_WAVES: list[tuple[Sequence[Move], list[tuple[Move, float]]]] = [((), [])]
