@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from traces.errors import InputError
 from traces.importers.base import Imported, checked, readable
-from traces.importers.spec import Found, SpecOptions, gpt_oss_20b, resolve
+from traces.importers.spec import Found, SpecOptions, resolve
 from traces.trace import TokenSequence
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -42,10 +42,10 @@ def import_npz(path: Path, options: SpecOptions) -> Imported:
     experts = arrays["experts"]
     _, layers, top_k = experts.shape
     recognised = _is_gpt_oss(arrays)
-    found = Found(path, layers, top_k, model=gpt_oss_20b() if recognised else None)
+    found = Found(path, layers, top_k, published="gpt-oss-20b" if recognised else None)
     model = resolve(options, found)
     offsets = arrays["seq_offsets"]
-    domains = {str(i): str(name) for i, name in enumerate(arrays.get("dataset", ()))}
+    domains = [str(name) for name in arrays.get("dataset", ())]
     return Imported(
         model,
         checked(path, model, _sequences(arrays)),

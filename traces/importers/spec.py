@@ -11,6 +11,7 @@ from typing import Any
 
 from traces.errors import InputError
 from traces.model import DTYPE_BYTES, ModelSpec
+from traces.sizes import model_sizes, resize
 
 #: Dimensions taken when neither the recording nor an option tells them.
 DEFAULT_HIDDEN = 2048
@@ -21,11 +22,12 @@ DEFAULT_INTERMEDIATE = 2048
 class SpecOptions:
     """What the user said about the model; None where nothing was said.
 
-    *file* is a JSON or TOML file with all fields of a :class:`ModelSpec`; the other options
-    change single fields of it.
+    *file* is a JSON or TOML file with all fields of a :class:`ModelSpec`; *sizes* names a
+    published model whose dimensions are taken; the other options change single fields.
     """
 
     file: Path | None = None
+    sizes: str | None = None
     name: str | None = None
     layers: int | None = None
     experts: int | None = None
@@ -40,7 +42,7 @@ class SpecOptions:
     def given(self) -> dict[str, Any]:
         """The fields of a model spec that were said."""
         values = dataclasses.asdict(self)
-        del values["file"]
+        del values["file"], values["sizes"]
         return {name: value for name, value in values.items() if value is not None}
 
     def base(self) -> ModelSpec | None:
@@ -58,7 +60,7 @@ class Found:
     layers: int | None = None
     top_k: int | None = None
     experts: int | None = None
-    model: ModelSpec | None = None
+    published: str | None = None
 
 
 def load_spec(path: Path) -> ModelSpec:
@@ -89,7 +91,7 @@ def resolve(options: SpecOptions, found: Found) -> ModelSpec:
             raise InputError(
                 f"{found.path}: has {name} = {seen}, expected {said} as the option says"
             )
-    model = options.base() or _recognised(options, found) or _assumed(options, found)
+    model = options.base() or _published(options, found) or _assumed(options, found)
     for name in ("layers", "top_k"):
         seen = getattr(found, name)
         if seen is not None and seen != getattr(model, name):
@@ -100,10 +102,22 @@ def resolve(options: SpecOptions, found: Found) -> ModelSpec:
     return model
 
 
-def _recognised(options: SpecOptions, found: Found) -> ModelSpec | None:
-    if found.model is None:
+def _published(options: SpecOptions, found: Found) -> ModelSpec | None:
+    """The model called by ``sizes``, else the one recognised; resized to what was routed."""
+    name = options.sizes or found.published
+    if name is None:
         return None
-    return dataclasses.replace(found.model, **options.given())
+    model = model_sizes(name)
+    given = options.given()
+    routed = {
+        field: given.get(field, getattr(found, field)) for field in ("layers", "experts", "top_k")
+    }
+    differs = [
+        field for field, value in routed.items() if value not in (None, getattr(model, field))
+    ]
+    if differs:
+        model = resize(_assumed(SpecOptions(**routed, name=given.get("name")), found), model)
+    return dataclasses.replace(model, **given)
 
 
 def _assumed(options: SpecOptions, found: Found) -> ModelSpec:
@@ -129,25 +143,3 @@ def _assumed(options: SpecOptions, found: Found) -> ModelSpec:
         "kv_bytes_per_token": layers * 2 * hidden * DTYPE_BYTES.get(dtype, 2),
     }
     return ModelSpec(**{**values, **sizes, **given})
-
-
-def gpt_oss_20b() -> ModelSpec:
-    """The published dimensions of gpt-oss-20b, held in bfloat16."""
-    hidden, layers, experts = 2880, 24, 32
-    queries, keys = 64 * 64, 8 * 64
-    attention = hidden * queries + queries + 2 * (hidden * keys + keys)
-    attention += queries * hidden + hidden + 64  # the output projection and the sinks
-    router = hidden * experts + experts
-    norms = 2 * hidden
-    embeddings = 2 * 201088 * hidden  # tokens in, and an lm_head of its own
-    return ModelSpec(
-        name="gpt-oss-20b",
-        layers=layers,
-        experts=experts,
-        top_k=4,
-        hidden=hidden,
-        intermediate=hidden,
-        expert_params=3 * hidden * hidden + 3 * hidden,
-        dense_params=layers * (attention + router + norms) + embeddings + hidden,
-        kv_bytes_per_token=layers * 2 * keys * 2,
-    )
