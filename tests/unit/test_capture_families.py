@@ -81,10 +81,10 @@ def model(request):
     return tiny(request.param)
 
 
-def record(model, prompts=PROMPTS, **settings):
+def record(model, prompts=PROMPTS, first=0, **settings):
     chosen = CaptureSettings(**{"max_new_tokens": 6, "ahead_width": 5, **settings})
     with torch.inference_mode(), make_recorder(model, chosen) as recorder:
-        return run_batch(model, recorder, prompts, 0, chosen)
+        return run_batch(model, recorder, prompts, first, chosen)
 
 
 class Watch:
@@ -271,7 +271,16 @@ def test_a_sequence_draws_the_same_tokens_in_any_company():
     sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=7)
     model = tiny("olmoe")
     together = record(model, sampling=sampling)
+    for i, sequence in enumerate(together):
+        (alone,) = record(model, PROMPTS[i : i + 1], first=i, sampling=sampling)
+        assert sequence.tokens.tolist() == alone.tokens.tolist()
+
+
+def test_another_seed_or_place_draws_other_tokens():
+    sampling = Sampling(temperature=1.0, seed=7)
+    model = tiny("olmoe")
     (alone,) = record(model, PROMPTS[:1], sampling=sampling)
-    assert together[0].tokens.tolist() == alone.tokens.tolist()
+    (later,) = record(model, PROMPTS[:1], first=1, sampling=sampling)
+    assert later.tokens.tolist() != alone.tokens.tolist()
     (other,) = record(model, PROMPTS[:1], sampling=dataclasses.replace(sampling, seed=8))
     assert other.tokens.tolist() != alone.tokens.tolist()
