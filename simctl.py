@@ -24,6 +24,9 @@ COMMANDS = {
 #: Commands that live in a group of a package that may not import their home.
 SUBCOMMANDS = {"trace": {"capture": "runtime.cli:capture"}}
 
+#: Our packages, and what only our own ``__init__`` says: wheels of the same name merge.
+PACKAGES = {"traces": "ModelSpec", "policies": "", "sim": "", "runtime": "", "reports": ""}
+
 HELP = {
     "run": "Simulate one policy on a trace.",
     "compare": "Several policies and budgets on one trace, with Belady and the bounds.",
@@ -69,16 +72,18 @@ class LazyGroup(click.Group):
 
 
 def _refuse_shadowed_packages() -> None:
-    """PyPI has an unrelated package called ``traces``: say so instead of a lost import."""
-    spec = importlib.util.find_spec("traces")
+    """PyPI has unrelated packages of our names: say so instead of a lost import."""
     home = Path(__file__).resolve().parent
-    found = Path(spec.origin).resolve().parent if spec and spec.origin else None
-    if found is None or found.parent != home or not (found / "trace.py").exists():
-        raise click.ClickException(
-            f"the package 'traces' was found at {found or 'nowhere'}, expected {home / 'traces'}: "
-            "PyPI's unrelated 'traces' shadows ours; pip uninstall traces, or use a fresh "
-            "virtual environment"
-        )
+    for package, mark in PACKAGES.items():
+        spec = importlib.util.find_spec(package)
+        found = Path(spec.origin).resolve() if spec and spec.origin else None
+        if found != home / package / "__init__.py" or mark not in found.read_text("utf-8"):
+            how = f"was found at {found.parent}" if found else "was not found"
+            how = "was overwritten" if found == home / package / "__init__.py" else how
+            raise click.ClickException(
+                f"the package '{package}' {how}, expected ours at {home / package}: an unrelated "
+                f"'{package}' from PyPI is in the way; use a fresh virtual environment"
+            )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
