@@ -6,7 +6,7 @@ It classifies an event's demand against the ledger, asks the policy, and answers
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from policies.base import Context, Forecaster, Policy, Service, Substitute
@@ -72,11 +72,12 @@ class Planner:
         self._slot_of = self.cache.slot_of
         self._prefetches = type(policy).prefetch is not Policy.prefetch
         self._serves = type(policy).serve is not Policy.serve
+        self._inexact = not policy.exact
         self._on_load, self._on_evict = policy.on_load, policy.on_evict
         self._on_route = policy.on_route
         self._waiting: set[int] = set()
         self.counts: Counter[str] = Counter()
-        self.quality: Counter[str] = Counter()
+        self.quality: defaultdict[str, float] = defaultdict(float)
         policy.reset(context)
         if forecaster is not None:
             forecaster.reset(context)
@@ -85,6 +86,11 @@ class Planner:
     def unused(self) -> int:
         """Prefetched copies that hold a slot and have not been used."""
         return len(self._waiting)
+
+    @property
+    def unused_low(self) -> int:
+        """Those of them at low precision."""
+        return sum(map(self.context.is_low, self._waiting))
 
     def begin(self, step: Step) -> Sequence[Move]:
         """The prefetches a policy wants before the step's first layer."""
@@ -107,6 +113,8 @@ class Planner:
         self._on_route(routing)
         if self._waiting:
             self._waiting.difference_update(experts)
+        if self._inexact:
+            self._weigh(routing)
         if not missed and not self._prefetches:
             return NOTHING
         self.cache.event = routing.event
@@ -126,11 +134,12 @@ class Planner:
 
     def _place_demand(self, routing: Routing, missed: list[int], record: list[int]) -> Plan:
         self.cache.pinned = routing.experts
-        if not self._serves:
-            self.counts["missed"] += len(missed)
-            return Plan(missed, self._waves(missed, record))
-        loads, served, missed = self._serve(routing, missed, record)
-        self.counts["missed"] += len(missed)
+        loads, served = missed, None
+        if self._serves:
+            loads, served, missed = self._serve(routing, missed, record)
+        counts = self.counts
+        counts["missed"] += len(missed)
+        counts["demand"] += len(loads)
         return Plan(missed, self._waves(loads, record) if loads else (), served)
 
     def _serve(
@@ -153,6 +162,7 @@ class Planner:
                 continue
             self._check_service(expert, service)
             served[expert] = service
+            self._tally(routing, expert, service)
             record += (-4, expert, self._code(service))
             if service is Service.LOW:
                 copy = self.context.low(expert)
@@ -192,19 +202,18 @@ class Planner:
         """Place *loads* in ascending order; what finds no slot waits for the next wave."""
         waves: list[list[Move]] = []
         wave: list[Move] = []
+        computing: set[int] = set()
         for copy in sorted(loads) if self._serves else loads:
             move = self._place(copy, record, demand=True)
             if move is None:
                 waves.append(wave)
                 wave = []
                 record.append(-2)
-                self.cache.pinned = ()
+                self.cache.pinned = computing = set()
                 move = self._place(copy, record, demand=True)
                 if move is None:
                     raise self._refusal(f"names no victim for {self.context.name(copy)}")
-                self.cache.pinned = {copy}
-            elif waves:
-                self.cache.pinned = {*self.cache.pinned, copy}
+            computing.add(copy)
             wave.append(move)
         waves.append(wave)
         return waves
@@ -219,6 +228,7 @@ class Planner:
             if victim in self._waiting:
                 self._waiting.discard(victim)
                 self.counts["unused"] += 1
+                self.counts["unused_low"] += self.context.is_low(victim)
         self._on_load(copy)
         record += (copy, slot, victim)
         return Move(copy, slot, victim, demand)
@@ -232,8 +242,21 @@ class Planner:
             if move is not None:
                 self._waiting.add(copy)
                 moves.append(move)
+                self.counts["prefetch_low"] += self.context.is_low(copy)
         self.counts["prefetch"] += len(moves)
         return moves
+
+    def _weigh(self, routing: Routing) -> None:
+        """The gate weight of an event, of which quality reports the shares."""
+        weights = routing.token_weights
+        size = routing.step.size if weights is None else float(weights.sum(dtype="float64"))
+        self.quality["weight"] += size
+
+    def _tally(self, routing: Routing, expert: int, service: Service | Substitute) -> None:
+        kind = "substitute" if isinstance(service, Substitute) else service.value
+        weight = routing.weight_of(expert % self.context.experts)
+        self.quality[kind] += 1
+        self.quality[f"{kind}_weight"] += weight
 
     def _refusal(self, what: str) -> LedgerError:
         return LedgerError(f"policy {self.policy.name!r}, event {self.cache.event}: {what}")

@@ -49,7 +49,8 @@ class World:
             depth,
         )
         self.recording = recording
-        if recording is not None:
+        self._spans = recording is not None and recording.with_spans
+        if self._spans:
             self.link.on_copy = self._record_copy
         self.host_free_s = self.gpu_free_s = self.cpu_free_s = 0.0
         self.bound_host_s = self.bound_gpu_s = 0.0
@@ -82,12 +83,13 @@ class World:
     def _forward(self, steps: Iterable[Step]) -> Generator[simpy.Event, None, None]:
         for step in steps:
             started = self.gpu_free_s
+            began = self._tallies() if self.recording else ()
             row = self.recording.begin(step, started) if self.recording else None
             self._begin(step)
             yield from self._layers(step, row)
             self._end(step, started)
             if row is not None:
-                self._record_step(row)
+                self._record_step(row, began)
 
     def _begin(self, step: Step) -> None:
         moves = self.planner.begin(step)
@@ -133,11 +135,12 @@ class World:
                 self.host_s += start - gate + busy - work
                 self.host_free_s = start + issued
                 self.gpu_free_s = start + busy
-                late = 0
+                if row is not None:
+                    self._span("GPU", "experts", start, start + work)
             else:
-                late = self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
+                self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
             if row is not None:
-                self._record_event(row, routing, plan, late)
+                self._record_event(row, routing, plan, (gate - attention, gate))
         self.accesses += sum(map(len, step.demand))
         self.events = event
         self.attention_s += attention * len(step.demand)
@@ -155,8 +158,8 @@ class World:
 
     def _serve(
         self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]
-    ) -> int:
-        """An event that waits for copies or makes some; returns how many were late."""
+    ) -> None:
+        """An event that waits for copies or makes some."""
         link, costs = self.link, self.costs
         decide = self.env.now
         host = decide + costs.event_s
@@ -166,7 +169,6 @@ class World:
         if link.pending:
             link.advance(decide)
             arriving = self._late(seconds, decide)
-        late = len(arriving)
         waves = [[(move, seconds.pop(move.copy)) for move in wave] for wave in plan.waves]
         least, issue = costs.group_s[len(seconds)]
         ready = max(sum(seconds.values()), least)
@@ -187,8 +189,6 @@ class World:
             self.idle_s += self.cpu_free_s - now
             now = self.cpu_free_s
         self.host_free_s, self.gpu_free_s = host, now
-        self.late += late
-        return late
 
     def _late(self, seconds: dict[int, float], now: float) -> list[tuple[Move, float]]:
         """Prefetches that the gate asks for before they have landed, with their work."""
@@ -196,6 +196,11 @@ class World:
         late = [(pending[copy], seconds.pop(copy)) for copy in tuple(seconds) if copy in pending]
         for move, _ in late:
             self.link.want(move, now)
+        self.late += len(late)
+        if late and self.recording is not None:
+            experts = [move.copy % self.planner.context.total for move, _ in late]
+            self.recording.late[experts] += 1
+            self.recording.steps[-1].late += len(late)
         return late
 
     def _compute(
@@ -205,6 +210,8 @@ class World:
         if begin > now:
             self.host_s += begin - now
             now = begin
+        if self._spans:
+            self._span("GPU", "experts", now, now + ready)
         now += ready
         worked = ready
         if len(arriving) > 1:
@@ -213,6 +220,8 @@ class World:
         for move, seconds in arriving:
             wait = move.land_s - now
             if wait > 0:
+                if self._spans:
+                    self._span("GPU", f"stall {self._name(move.copy)}", now, move.land_s)
                 now = move.land_s
                 if move.demand:
                     self.stall_demand_s += wait
@@ -220,6 +229,8 @@ class World:
                     self.stall_late_s += wait
             if seconds < least:
                 seconds = least
+            if self._spans:
+                self._span("GPU", f"expert {self._name(move.copy)}", now, now + seconds)
             worked += seconds
             now += seconds
         self.experts_s += worked
@@ -242,6 +253,7 @@ class World:
             elif service is Service.CPU:
                 begin = max(self.cpu_free_s, self.env.now)
                 self.cpu_free_s = begin + self.costs.cpu_expert_s(tokens[expert])
+                self._span("CPU", self._name(expert), begin, self.cpu_free_s)
         return seconds
 
     def _end(self, step: Step, started: float) -> None:
@@ -260,6 +272,62 @@ class World:
         else:
             self.prefill_tokens += step.size
             self.prefill_s += done - started
+
+    def _span(self, lane: str, name: str, start_s: float, end_s: float) -> None:
+        if self._spans and self.recording is not None:
+            self.recording.span(lane, name, start_s, end_s)
+
+    def _name(self, copy: int) -> str:
+        return self.planner.context.name(copy)
+
+    def _record_copy(self, move: Move, start_s: float, end_s: float) -> None:
+        cause = "demand" if move.demand else "prefetch"
+        self._span("H2D", f"{cause} {self._name(move.copy)}", start_s, end_s)
+
+    def _record_event(
+        self, row: StepRow, routing: Routing, plan: Plan, attention: tuple[float, float]
+    ) -> None:
+        recording = self.recording
+        assert recording is not None
+        recording.uses[routing.experts] += 1
+        if plan.missed:
+            recording.missed[plan.missed] += 1
+        row.accesses += len(routing.experts)
+        row.missed += len(plan.missed)
+        if self._spans:
+            decide = self.env.now
+            self._span("GPU", f"attention {routing.layer}", *attention)
+            self._span("D2H", f"gate {routing.layer}", attention[1], decide)
+            self._span("host", f"plan and launch {routing.layer}", decide, self.host_free_s)
+            recording.queue.append((decide, len(self.link)))
+            recording.slots_used.append((decide, len(self.planner.cache)))
+
+    def _tallies(self) -> tuple[float, ...]:
+        """What a step's row reports the growth of."""
+        return (
+            self.attention_s,
+            self.experts_s,
+            self.host_s,
+            self.stall_demand_s,
+            self.stall_late_s,
+            self.idle_s,
+            self.link.demand_bytes,
+            self.link.prefetch_bytes,
+            self.link.busy_s,
+        )
+
+    def _record_step(self, row: StepRow, began: tuple[float, ...]) -> None:
+        recording = self.recording
+        assert recording is not None
+        grown = [after - before for after, before in zip(self._tallies(), began, strict=True)]
+        row.end_s = self.gpu_free_s
+        row.attention_s, row.experts_s, row.host_s = grown[:3]
+        row.stall_demand_s, row.stall_late_s, row.idle_s = grown[3:6]
+        row.demand_bytes, row.prefetch_bytes = int(grown[6]), int(grown[7])
+        row.link_busy_s = grown[8]
+        row.queue_moves = len(self.link)
+        total = self.planner.context.total
+        recording.held_steps[[copy % total for copy in self.planner.cache.slot_of]] += 1
 
 
 def _landing(arrival: tuple[Move, float]) -> float:
