@@ -75,15 +75,17 @@ def _refuse_shadowed_packages() -> None:
     """PyPI has unrelated packages of our names: say so instead of a lost import."""
     home = Path(__file__).resolve().parent
     for package, mark in PACKAGES.items():
+        ours = home / package / "__init__.py"
         spec = importlib.util.find_spec(package)
         found = Path(spec.origin).resolve() if spec and spec.origin else None
-        if found != home / package / "__init__.py" or mark not in found.read_text("utf-8"):
-            how = f"was found at {found.parent}" if found else "was not found"
-            how = "was overwritten" if found == home / package / "__init__.py" else how
-            raise click.ClickException(
-                f"the package '{package}' {how}, expected ours at {home / package}: an unrelated "
-                f"'{package}' from PyPI is in the way; use a fresh virtual environment"
-            )
+        if found == ours and mark in ours.read_text(encoding="utf-8"):
+            continue
+        how = f"was found at {found.parent}" if found else "was not found"
+        raise click.ClickException(
+            f"the package '{package}' {'was overwritten' if found == ours else how}, expected ours "
+            f"at {ours.parent}: an unrelated '{package}' from PyPI is in the way; use a fresh "
+            "virtual environment"
+        )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
