@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from policies.base import Context
+from traces.trace import FloatArray, IntArray
 
 
 class Pools:
@@ -121,3 +124,47 @@ class Frequency:
         del bucket.copies[copy]
         if not bucket.copies:
             bucket.previous.next, bucket.next.previous = bucket.next, bucket.previous
+
+
+class Ranked:
+    """Copies from least to most worth keeping, by a score of all of them at once.
+
+    For scores that change for every copy at every event, so that no ordering can be kept up
+    to date: the held copies of a pool are ranked once per event in which one must go, in one
+    vector operation over its slots. *score* gives one number per copy; ties go to the
+    smallest copy.
+    """
+
+    def __init__(self, context: Context, score: Callable[[IntArray], FloatArray]) -> None:
+        self._of = Pools(context).of
+        self._score = score
+        self._held: dict[int, set[int]] = {}
+        self._ranking: dict[int, list[int]] = {}
+
+    def stale(self) -> None:
+        """A new event: scores have changed."""
+        self._ranking.clear()
+
+    def add(self, copy: int) -> None:
+        """*copy* is held now."""
+        self._held.setdefault(self._of(copy), set()).add(copy)
+
+    def remove(self, copy: int) -> None:
+        """*copy* is no longer held."""
+        self._held[self._of(copy)].discard(copy)
+
+    def least(self, incoming: int) -> Iterator[int]:
+        """The pool of *incoming*, least worth keeping first."""
+        pool = self._of(incoming)
+        ranking = self._ranking.get(pool)
+        if ranking is not None:
+            yield from ranking
+        self._ranking[pool] = ranking = self._rank(pool)
+        yield from ranking
+
+    def _rank(self, pool: int) -> list[int]:
+        copies = np.fromiter(self._held.get(pool, ()), dtype=np.int64)
+        if not len(copies):
+            return []
+        ranked: list[int] = copies[np.lexsort((copies, self._score(copies)))].tolist()
+        return ranked

@@ -1,0 +1,74 @@
+"""Oracle: knows what comes, with a settable error rate: how good must a predictor be?"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from policies.base import Context, Forecast, Forecaster, Prediction
+from policies.registry import parameter, register_forecaster
+from policies.routing import Routing, Step
+
+
+@register_forecaster("oracle")
+@dataclass
+class Oracle(Forecaster):
+    """Names the experts of the next *horizon* events, each right with chance *accuracy*.
+
+    A wrong one is replaced by an expert of the same layer that the event does not demand.
+    What is forecast for an event stays the same until it has come. Horizon 0 reaches to the
+    end of the step (ExpertFlow's horizon); longer ones go on into the next steps.
+    """
+
+    offline: ClassVar[bool] = True
+
+    accuracy: float = parameter(1.0, "share of predicted experts that are right", low=0, high=1)
+    horizon: int = parameter(0, "events ahead; 0: to the end of the step", low=0, high=4096)
+
+    def reset(self, context: Context) -> None:
+        self._context = context
+        self._random = np.random.default_rng(context.seed)
+        self._coming: deque[Prediction] = deque()
+        self._future: Iterator[Sequence[int]] = iter(())
+
+    def reveal(self, demand: Iterable[Sequence[int]]) -> None:
+        self._future = iter(demand)
+
+    def on_step(self, step: Step) -> Forecast:
+        return self._forecast(self.horizon or self._context.layers)
+
+    def on_route(self, routing: Routing) -> Forecast:
+        self._look(1)
+        self._coming.popleft()
+        return self._forecast(self.horizon or self._context.layers - 1 - routing.layer)
+
+    def _forecast(self, reach: int) -> Forecast:
+        self._look(reach)
+        return [
+            Prediction(ahead + 1, coming.experts, coming.scores)
+            for ahead, coming in zip(range(reach), self._coming, strict=False)
+        ]
+
+    def _look(self, reach: int) -> None:
+        while len(self._coming) < reach:
+            demand = next(self._future, None)
+            if demand is None:
+                return
+            guess = self._blur(demand)
+            self._coming.append(Prediction(0, guess, [self.accuracy] * len(guess)))
+
+    def _blur(self, demand: Sequence[int]) -> list[int]:
+        """*demand* with errors: each expert stays with chance *accuracy*."""
+        if self.accuracy >= 1.0:
+            return list(demand)
+        experts = self._context.experts
+        base = demand[0] // experts * experts
+        wrong = self._random.random(len(demand)) >= self.accuracy
+        others = sorted(set(range(base, base + experts)).difference(demand))
+        count = min(int(wrong.sum()), len(others))
+        chosen = self._random.choice(others, size=count, replace=False).tolist() if count else []
+        return sorted([e for e, bad in zip(demand, wrong, strict=True) if not bad] + chosen)

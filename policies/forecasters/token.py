@@ -1,0 +1,61 @@
+"""Token tables: which experts a token id took in a training trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from policies.base import Context, Forecast, Forecaster
+from policies.forecasting import MAX_TOKENS, any_of, predictions
+from policies.registry import parameter, register_forecaster
+from policies.routing import Routing, Step
+from traces.trace import FloatArray
+
+
+@register_forecaster("token")
+@dataclass
+class Token(Forecaster):
+    """The path of a token id is known before layer 0: all layers of the current step.
+
+    A token id that training has not seen falls back on popularity. Counts are smoothed by
+    *prior* uses at the popularity of each expert.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("tokens", "training")
+
+    width: float = parameter(1.5, "experts named per layer, in top_k", low=1, high=16)
+    prior: float = parameter(1.0, "weight of popularity, in tokens", low=0.0)
+
+    def reset(self, context: Context) -> None:
+        self._context = context
+        training = context.training
+        assert training is not None
+        self._width = max(1, round(self.width * context.top_k))
+        popularity = training.popularity.astype(np.float64)
+        self._popular = popularity * context.top_k / max(popularity[: context.experts].sum(), 1.0)
+        self._tables = training.token_experts
+        self._path: Forecast = ()
+
+    def on_step(self, step: Step) -> Forecast:
+        self._path = ()
+        if step.token_ids is None or step.size > MAX_TOKENS:
+            return ()
+        chances = any_of(np.stack([self._chances(int(token)) for token in step.token_ids]))
+        layered = chances.reshape(self._context.layers, self._context.experts)
+        self._path = predictions(layered, 0, self._context, self._width * step.size)
+        return self._path
+
+    def _chances(self, token: int) -> FloatArray:
+        """Chance of each expert given *token*."""
+        table = self._tables.get(token)
+        if table is None:
+            return self._popular
+        seen = table[: self._context.experts].sum() / self._context.top_k
+        chance: FloatArray = (table + self.prior * self._popular) / (seen + self.prior)
+        return chance
+
+    def on_route(self, routing: Routing) -> Forecast:
+        rest = self._path[routing.layer + 1 :]
+        return [p._replace(ahead=p.ahead - routing.layer - 1) for p in rest]
