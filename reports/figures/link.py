@@ -1,0 +1,111 @@
+"""The host-to-device link over time: how busy, with what, and what waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from policies.recording import StepRow
+from reports.figures.style import message, new_figure, styled, wrap
+
+#: Bins that a run's time is cut into.
+BINS = 120
+
+BUSY, DEMAND, PREFETCH, QUEUE = "#2c6fa6", "#8c1d18", "#e8b04a", "#12263f"
+
+
+@dataclass(frozen=True)
+class LinkSeries:
+    """One run's link in bins of time: *edges_s* has one more entry than the rest."""
+
+    label: str
+    edges_s: npt.NDArray[np.float64]
+    utilisation: npt.NDArray[np.float64]
+    demand_bytes_per_s: npt.NDArray[np.float64]
+    prefetch_bytes_per_s: npt.NDArray[np.float64]
+    queue_moves: npt.NDArray[np.float64]
+
+
+def bin_link(label: str, steps: Sequence[StepRow], bins: int = BINS) -> LinkSeries:
+    """Cut the time of *steps* into *bins*; what a step did is spread evenly over it."""
+    bins = max(1, min(bins, len(steps)))
+    bounds = np.array([steps[0].start_s, *(row.end_s for row in steps)])
+    edges = np.linspace(bounds[0], bounds[-1], bins + 1)
+    width = np.diff(edges)
+    took = np.diff(bounds)
+
+    def rate(values: Sequence[float]) -> npt.NDArray[np.float64]:
+        grown = np.concatenate([[0.0], np.cumsum(values)])
+        binned: npt.NDArray[np.float64] = np.diff(np.interp(edges, bounds, grown)) / width
+        return binned
+
+    return LinkSeries(
+        label,
+        edges,
+        rate([row.link_busy_s for row in steps]),
+        rate([row.demand_bytes for row in steps]),
+        rate([row.prefetch_bytes for row in steps]),
+        rate([row.queue_moves * s for row, s in zip(steps, took, strict=True)]),
+    )
+
+
+@styled
+def link_over_time(series: Sequence[LinkSeries]) -> Figure:
+    """Utilisation, traffic by cause and queue: a panel each for one run, a row for each of many.
+
+    The queue has no panel if nothing ever waited at the end of a step.
+    """
+    if not any(s.utilisation.any() for s in series):
+        return message("Nothing crossed the link: every expert that was asked for was held.")
+    one = len(series) == 1
+    count = 3 if any(s.queue_moves.any() for s in series) else 2
+    prefetch = any(s.prefetch_bytes_per_s.any() for s in series)
+    figure = new_figure(0.9 + 1.7 * count if one else 1.1 + 1.15 * len(series))
+    grid = figure.subplots(
+        count if one else len(series), 1 if one else count, squeeze=False, sharex=True,
+        sharey=False if one else "col",
+    )  # fmt: skip
+    panels = grid.T if one else grid
+    for row, run in zip(panels, series, strict=True):
+        _draw_run(row, run)
+        if not one:
+            row[0].set_ylabel(wrap(run.label, 16), fontsize=8.5)
+    _name_panels(panels[0], one, "traffic (GB/s)" if prefetch else "demand traffic (GB/s)")
+    for axes in grid[-1]:
+        axes.set_xlabel("time since the start (s)")
+    grid[0, 0].set_xlim(min(s.edges_s[0] for s in series), max(s.edges_s[-1] for s in series))
+    if prefetch:
+        handles, names = panels[0][1].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw_run(row: Sequence[Axes], run: LinkSeries) -> None:
+    busy, traffic = row[:2]
+    busy.stairs(100 * run.utilisation, run.edges_s, fill=True, color=BUSY)
+    busy.set_ylim(0, max(100.0, 100 * float(run.utilisation.max())) * 1.04)
+    demand = run.demand_bytes_per_s / 1e9
+    both = demand + run.prefetch_bytes_per_s / 1e9
+    traffic.stairs(demand, run.edges_s, fill=True, color=DEMAND, label="demand")
+    traffic.stairs(
+        both, run.edges_s, baseline=demand, fill=True, facecolor=PREFETCH, edgecolor="#6b4a00",
+        hatch="////", lw=0, label="prefetch (on top of demand)",
+    )  # fmt: skip
+    traffic.set_ylim(bottom=0)
+    for queue in row[2:]:
+        queue.stairs(run.queue_moves, run.edges_s, color=QUEUE, lw=1.4, baseline=None)
+        queue.set_ylim(bottom=0)
+
+
+def _name_panels(first: Sequence[Axes], one: bool, traffic: str) -> None:
+    titles = ("link busy (%)", traffic, "queued moves at step end")
+    for axes, title in zip(first, titles, strict=False):
+        if one:
+            axes.set_ylabel(title)
+        else:
+            axes.set_title(title)
