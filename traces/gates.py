@@ -20,6 +20,9 @@ Scores = npt.NDArray[np.float32]
 #: No expert is wanted by more tokens than this; its score would have to grow without end.
 LARGEST_SHARE = 0.95
 
+#: Beyond this exponent Zipf shares hardly change.
+LARGEST_EXPONENT = 20.0
+
 #: Random numbers behind an estimate of overlap.
 DRAWS = 2**21
 
@@ -41,6 +44,26 @@ def zipf_shares(experts: int, top_k: int, exponent: float) -> Floats:
         low, high = (middle, high) if np.minimum(middle * law, cap).sum() < top_k else (low, middle)
     shares: Floats = np.minimum(high * law, cap)
     return shares
+
+
+def skew_of(shares: Floats, top_k: int) -> float:
+    """The skew of popularity: 0 where all experts are wanted alike, 1 for always the same.
+
+    It is (c - k/E) / (1 - k/E), c the share of a token's experts that an unrelated token
+    takes too.
+    """
+    even = top_k / len(shares)
+    return float(((shares**2).sum() / top_k - even) / (1 - even)) if even < 1 else 0.0
+
+
+def zipf_exponent(experts: int, top_k: int, skew: float) -> float:
+    """The exponent at which :func:`zipf_shares` have this *skew*; the nearest, if none has."""
+    low, high = 0.0, LARGEST_EXPONENT
+    for _ in range(50):
+        middle = (low + high) / 2
+        found = skew_of(zipf_shares(experts, top_k, middle), top_k)
+        low, high = (middle, high) if found < skew else (low, middle)
+    return (low + high) / 2
 
 
 def shares_of(scores: Floats, top_k: int) -> Floats:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.errors import InputError
-from traces.gates import Gate, Scores, best, zipf_shares
+from traces.gates import Gate, Scores, best, skew_of, zipf_exponent, zipf_shares
 from traces.trace import TokenSequence
 
 Ints = npt.NDArray[np.integer[Any]]
@@ -32,8 +32,9 @@ CHUNK_VALUES = 2**22
 class SynthSettings:
     """What a synthetic trace should be like; all but sizes are measured back.
 
-    - *skew*: exponent s of the Zipf law that expert popularity follows in every layer: the
-      expert of rank r is taken by a share of tokens proportional to r^-s, at most 95 %.
+    - *skew*: (c - k/E) / (1 - k/E), c the share of a token's experts that an unrelated token
+      takes too: 0 where all experts are wanted alike, 1 for always the same. Popularity
+      follows the Zipf law over a layer's experts that has this skew.
     - *repetition*: (o - c) / (1 - c), o the share of a token's experts that the previous
       token of its sequence took in the same layer, c the share that an unrelated token of
       equal popularity takes.
@@ -55,7 +56,7 @@ class SynthSettings:
     sequences: int = 64
     prompt: tuple[int, int] = (64, 64)
     decode: tuple[int, int] = (192, 192)
-    skew: float = 0.5
+    skew: float = 0.1
     repetition: float = 0.3
     correlation: float = 0.3
     domains: int = 1
@@ -69,7 +70,7 @@ class SynthSettings:
         for name in ("layers", "experts", "top_k", "sequences", "domains"):
             _within(name, getattr(self, name), 1, 32767)
         _within("top_k", self.top_k, 1, self.experts)
-        _within("skew", self.skew, 0, 10)
+        _within("skew", self.skew, 0, 1)
         for name in ("repetition", "correlation"):
             _within(name, getattr(self, name), 0, 0.99)
         if self.token_information is not None:
@@ -113,7 +114,7 @@ class _Generator:
 
     def __init__(self, settings: SynthSettings) -> None:
         self.settings = settings
-        shares = zipf_shares(settings.experts, settings.top_k, settings.skew)
+        shares = _popularity(settings)
         self.gate = Gate(shares, settings.top_k)
         self.along_tokens = self._noise_for("repetition", settings.repetition)
         self.along_layers = self._noise_for("correlation", settings.correlation)
@@ -220,6 +221,20 @@ class _Generator:
         told = rng.random(len(first)) < (self.settings.token_information or 0)
         named: Ints = self.ids[0][np.where(told, first, drawn)].astype(np.int32)
         return named
+
+
+def _popularity(settings: SynthSettings) -> npt.NDArray[np.float64]:
+    """The shares of a Zipf law with the wanted skew, most popular first."""
+    experts, top_k = settings.experts, settings.top_k
+    exponent = zipf_exponent(experts, top_k, settings.skew) if settings.skew else 0.0
+    shares = zipf_shares(experts, top_k, exponent)
+    reached = skew_of(shares, top_k)
+    if abs(reached - settings.skew) > 0.005:
+        raise InputError(
+            f"synthetic trace: skew is {settings.skew:g}, expected at most {reached:.3f} "
+            f"with top-{top_k} of {experts} experts"
+        )
+    return shares
 
 
 def _correlate(noise: Scores, by: float, last: Scores | None = None) -> None:

@@ -34,7 +34,7 @@ def measure(
     model = trace.model
     popularity = Popularity(model, seen.names)
     adjacency, tables, ahead = Adjacency(model), NextLayer(model), Ahead(model)
-    partners, table = TokenPartners(popularity), TokenTable(model)
+    partners, table = TokenPartners(model, len(seen.names)), TokenTable(model)
     segments, reuse = Segments(model), ReuseDistances(model)
     for piece in pieces(trace, seen):
         for statistic in (popularity, adjacency, tables, ahead, partners, table, segments, reuse):

@@ -1,9 +1,9 @@
 """Who goes with whom beyond chance: partners of experts, and of token ids.
 
-Each expert of a layer has one *partner* in the next, and each token id one in layer 0: the
-expert that it meets most often beyond chance in one half of the trace. How often the partner is
-really taken is read off the other half, so that luck in finding partners does not count.
-Chance knows the popularity of experts in each domain.
+Each expert of a layer has one *partner* in the next, and each token id one among the first
+choices of layer 0: the expert that it meets most often beyond chance in one half of the trace.
+How often the partner is really taken is read off the other half, so that luck in finding
+partners does not count. Chance knows the popularity of experts in each domain.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from traces.model import ModelSpec
 from traces.statistics.pieces import Piece
 from traces.statistics.popularity import Popularity
 from traces.statistics.prediction import NextLayer
@@ -56,28 +57,27 @@ def correlation(tables: NextLayer, popularity: Popularity) -> float | None:
 
 
 class TokenPartners:
-    """Counts how often each token id meets each expert of layer 0."""
+    """Counts how often each token id meets each first expert of layer 0."""
 
-    def __init__(self, popularity: Popularity) -> None:
-        self.popularity = popularity
-        model = popularity.model
+    def __init__(self, model: ModelSpec, domains: int) -> None:
+        self._first = np.zeros((2, domains, model.experts))
         self._together = np.zeros((2, 0, model.experts))
-        self._ids = np.zeros((2, len(popularity.names), 0))
+        self._ids = np.zeros((2, domains, 0))
 
     def add(self, piece: Piece) -> None:
         """Count the token ids of *piece*."""
         if piece.tokens is None:
             return
-        tokens = piece.tokens
-        known = (tokens >= 0) & (tokens < MOST_IDS)
-        ids, inverse = np.unique(tokens[known], return_inverse=True)
-        if not len(ids):
+        known = (piece.tokens >= 0) & (piece.tokens < MOST_IDS)
+        if not known.any():
             return
-        self._grow(int(ids[-1]) + 1)
-        met = np.zeros((len(ids), piece.model.experts))
-        np.add.at(met, inverse, piece.hot[known, 0])
-        self._together[piece.half, ids] += met
-        self._ids[piece.half, piece.domain, ids] += np.bincount(inverse)
+        tokens: npt.NDArray[np.intp] = piece.tokens[known].astype(np.intp)
+        first: npt.NDArray[np.intp] = piece.experts[known, 0, 0].astype(np.intp)
+        self._grow(int(tokens.max()) + 1)
+        half, domain = piece.half, piece.domain
+        np.add.at(self._together[half], (tokens, first), 1)
+        np.add.at(self._ids[half, domain], tokens, 1)
+        np.add.at(self._first[half, domain], first, 1)
 
     def _grow(self, size: int) -> None:
         extra = size - self._together.shape[1]
@@ -88,8 +88,7 @@ class TokenPartners:
             self._ids = np.pad(self._ids, ((0, 0), (0, 0), (0, extra)))
 
     def information(self) -> float | None:
-        """The share of tokens whose id's partner is taken in layer 0, beyond chance."""
-        tokens = np.maximum(self.popularity.tokens, 1)
-        popularity = self.popularity.counts[:, :, 0] / tokens[:, :, None]
-        expected = np.einsum("hdv,hde->hve", self._ids, popularity)
+        """The share of tokens whose first expert is the partner of their id, beyond chance."""
+        tokens = np.maximum(self._first.sum(axis=2, keepdims=True), 1)
+        expected = np.einsum("hdv,hde->hve", self._ids, self._first / tokens)
         return excess(self._together, expected, self._ids.sum(axis=(1, 2)))

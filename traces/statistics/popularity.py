@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces.gates import zipf_shares
+from traces.gates import zipf_exponent
 from traces.model import ModelSpec
 from traces.statistics.pieces import Piece
 
@@ -62,14 +62,9 @@ class Popularity:
 
     @property
     def skew(self) -> float:
-        """Exponent of the Zipf law with the measured :attr:`collision`."""
-        model = self.model
-        low, high = 0.0, 10.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            shares = zipf_shares(model.experts, model.top_k, middle)
-            low, high = (middle, high) if (shares**2).sum() < self.collision else (low, middle)
-        return (low + high) / 2
+        """From 0, all experts wanted alike, to 1: (chance - k/E) / (1 - k/E)."""
+        even = self.model.top_k / self.model.experts
+        return (self.chance - even) / (1 - even) if even < 1 else 0.0
 
     def separation(self) -> float | None:
         """1 - the mean correlation of popularity between domains; None for a single one.
@@ -95,6 +90,7 @@ class Popularity:
         experts of the share of tokens that take them, in points (as in "Not All Models Suit
         Expert Offloading", table 2). ``hottest_2``: share of a layer's accesses that go to
         its two hottest experts. ``traffic_95``: share of all experts that get 95 % of accesses.
+        ``zipf_exponent``: of the Zipf law that is as skewed within a domain.
         """
         counts = self.counts.sum(axis=(0, 1))
         tokens, layers = self.tokens.sum(), self.model.layers
@@ -113,7 +109,7 @@ class Popularity:
             "hottest_2_highest": float(hottest.max()),
             "hottest_2_layer": int(hottest.argmax()),
             "traffic_95": needed / (layers * self.model.experts),
-            "skew": self.skew,
+            "zipf_exponent": zipf_exponent(self.model.experts, self.model.top_k, self.skew),
         }
 
     def domains(self) -> dict[str, Any]:
