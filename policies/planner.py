@@ -6,6 +6,8 @@ It classifies an event's demand against the ledger, asks the policy, and answers
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -21,7 +23,7 @@ _CODES = {Service.LOW: 1, Service.SKIP: 2, Service.CPU: 3}
 
 
 class PolicyError(InputError):
-    """A policy written by the user failed; names it, the hook's error and the event."""
+    """A policy or forecaster that a user wrote failed in mid-run; names it and the event."""
 
 
 class Plan:
@@ -109,6 +111,7 @@ class Planner:
         """Classify, tell, serve, place and prefetch for one event."""
         experts = routing.experts
         slot_of = self._slot_of
+        self.cache.event = routing.event
         missed = [e for e in experts if e not in slot_of]
         self._on_route(routing)
         if self._waiting:
@@ -117,7 +120,6 @@ class Planner:
             self._weigh(routing)
         if not missed and not self._prefetches:
             return NOTHING
-        self.cache.event = routing.event
         record = [-1, routing.event, len(missed)]
         plan = self._place_demand(routing, missed, record) if missed else Plan()
         if self._prefetches:
@@ -262,6 +264,27 @@ class Planner:
         return LedgerError(f"policy {self.policy.name!r}, event {self.cache.event}: {what}")
 
 
+def blame(planner: Planner, error: Exception) -> Exception:
+    """What to raise for *error*: one line where the user's own plug-in is at fault."""
+    if isinstance(error, InputError):
+        return error
+    for plugin in (planner.policy, planner.forecaster):
+        home = sys.modules.get(type(plugin).__module__)
+        file = getattr(home, "__file__", None)
+        if plugin is None or file is None or type(plugin).__module__.startswith("policies."):
+            continue
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if frame.filename == file:
+                context, event = planner.context, planner.cache.event
+                step, layer = divmod(event, context.layers)
+                said = (str(error).splitlines() or [""])[0]
+                return PolicyError(
+                    f"{plugin.name!r} raised {type(error).__name__}: {said} at event {event} "
+                    f"(step {step}, layer {layer}), {file}:{frame.lineno} in {frame.name}"
+                )
+    return error
+
+
 def divide_budget(slots: int, low_share: float, low_bytes_share: float) -> tuple[int, int]:
     """Full- and low-precision slots within the bytes of *slots* full ones.
 
@@ -281,5 +304,6 @@ def run_counts(planner: Planner, steps: Iterable[Step]) -> int:
         planner.begin(step)
         for layer, experts in enumerate(step.demand):
             planner.plan(Routing(step, layer, experts, event))
+            planner.counts["accesses"] += len(experts)
             event += 1
     return planner.counts["missed"]

@@ -51,6 +51,20 @@ def write_folder(directory: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_writable(folder: Path, asked: str) -> None:
+    """Raise :class:`InputError` naming *asked* unless files can be made in *folder*.
+
+    A folder that does not exist yet is judged by the nearest one above it that does.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{asked}: cannot be written: {place} is a file, expected a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"{asked}: cannot be written: {place} is not writable")
+
+
 def _remove(path: Path) -> None:
     """Take away what a failed write left; a folder that is none has nothing left in it."""
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 from policies.base import Context, Forecaster, Policy, Training
 from policies.batching import Batches
@@ -14,6 +16,7 @@ from policies.planner import Planner, run_counts
 from policies.recording import Recording
 from policies.registry import FORECASTERS, POLICIES, SCHEDULERS
 from policies.result import Result
+from policies.routing import Step
 from policies.scheduling import BatchScheduler
 from policies.training import learn
 from sim.budget import Budget
@@ -30,6 +33,9 @@ from traces.trace import MemoryTrace, Trace
 KEEP_BYTES = 256 * 2**20
 
 POOLS = ("global", "layer")
+
+#: Slots and the share of accesses missed with them.
+CurvePoint = tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -149,9 +155,18 @@ class Session:
         return self._belady[slots]
 
     def run(
-        self, policy_text: str, budget: Budget, *, record: bool = False, spans: bool = False
+        self,
+        policy_text: str,
+        budget: Budget,
+        *,
+        record: bool = False,
+        spans: bool = False,
+        watch: Callable[[Iterable[Step]], Iterable[Step]] = iter,
     ) -> tuple[Result, Recording | None]:
-        """Simulate one policy; a recording comes along if asked for (*spans* for a timeline)."""
+        """Simulate one policy; a recording comes along if asked for (*spans* for a timeline).
+
+        *watch* is handed the steps and passes them on: a progress bar.
+        """
         policy = POLICIES.build(policy_text)
         forecaster = self._forecaster(policy)
         columns = self._columns(policy, forecaster)
@@ -168,9 +183,26 @@ class Session:
         source = self.future if policy.offline else self.batches(columns)
         if forecaster is not None and forecaster.offline:
             forecaster.reveal(self.future.demand())
-        world.run(source.steps())
+        world.run(watch(source.steps()))
         result = result_of(self, world, self.belady_missed(slots))
         return result, recording
+
+    def curve(self, policy_text: str, slots: Sequence[int], max_steps: int) -> list[CurvePoint]:
+        """Missed ratio at several budgets, from replays of the first *max_steps* steps.
+
+        Without a clock, for policies that need neither forecast nor gate weights.
+        """
+        points = []
+        for size in slots:
+            policy = POLICIES.build(policy_text)
+            context = self.context(size, Costs(self.profile, self.model))
+            if "popularity" in policy.needs:
+                context = dataclasses.replace(context, popularity=self.future.popularity)
+            planner = Planner(policy, context)
+            source = self.future if policy.offline else self.batches()
+            missed = run_counts(planner, islice(source.steps(), max_steps))
+            points.append((size, missed / max(planner.counts["accesses"], 1)))
+        return points
 
     def _forecaster(self, policy: Policy) -> Forecaster | None:
         """The forecaster that was asked for, or the best that the trace allows."""

@@ -15,7 +15,7 @@ import simpy
 
 from policies.base import Service, Substitute
 from policies.moves import Move
-from policies.planner import NOTHING, Plan, Planner
+from policies.planner import NOTHING, Plan, Planner, blame
 from policies.recording import Recording, StepRow
 from policies.routing import DECODE, Routing, Step
 from sim.costs import Costs
@@ -63,11 +63,13 @@ class World:
         self.decode_step_s = array("d")
         self.decode_step_tokens = array("q")
         self.prefill_s = 0.0
+        self._error: Exception | None = None
 
     def run(self, steps: Iterable[Step]) -> None:
         """Simulate *steps* from time 0 to the end of the last."""
-        process = self.env.process(self._forward(steps))
-        self.env.run(until=process)
+        self.env.run(until=self.env.process(self._guarded(steps)))
+        if self._error is not None:
+            raise blame(self.planner, self._error) from self._error
         self.link.advance(self.total_s)
 
     @property
@@ -79,6 +81,13 @@ class World:
     def compute_bound_s(self) -> float:
         """Seconds the same steps take with every expert resident."""
         return self.bound_gpu_s
+
+    def _guarded(self, steps: Iterable[Step]) -> Generator[simpy.Event, None, None]:
+        """Keep an exception as it is: SimPy would build a new one of its class."""
+        try:
+            yield from self._forward(steps)
+        except Exception as error:
+            self._error = error
 
     def _forward(self, steps: Iterable[Step]) -> Generator[simpy.Event, None, None]:
         for step in steps:
