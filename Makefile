@@ -38,7 +38,7 @@ types: $(TEST_STAMP)
 	$(TEST)/mypy
 
 unit: $(TEST_STAMP)
-	$(TEST)/python -m pytest --numprocesses 2 --benchmark-disable --quiet
+	$(TEST)/python -m pytest --numprocesses 2 --benchmark-disable
 
 gpu: $(TEST_STAMP)
 	$(TEST)/python -m pytest --benchmark-disable -m gpu
