@@ -30,37 +30,58 @@ class Pools:
 
 
 class Recency:
-    """Copies from least to most recent, within each pool."""
+    """Copies from least to most recent, within each pool; see :func:`recency`."""
 
     def __init__(self, context: Context) -> None:
-        pools = Pools(context)
-        self._of = pools.of
-        self._orders: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(pools.count)]
+        self._total = context.total
+        self._orders: list[OrderedDict[int, None]] = [OrderedDict(), OrderedDict()]
 
     def order(self, copy: int) -> OrderedDict[int, None]:
         """The ordering that *copy* belongs to, least recent first."""
-        return self._orders[self._of(copy)]
+        return self._orders[copy >= self._total]
 
     def touch(self, experts: Sequence[int]) -> None:
         """Make one layer's *experts* most recent, in the order given."""
-        order = self._orders[self._of(experts[0])]
+        order = self.order(experts[0])
         for expert in experts:
             order[expert] = None
             order.move_to_end(expert)
 
     def add(self, copy: int) -> None:
         """Make *copy* most recent unless it has its place already."""
-        self._orders[self._of(copy)].setdefault(copy)
+        self._orders[copy >= self._total].setdefault(copy)
 
     def remove(self, copy: int) -> None:
         """Forget *copy*."""
-        self._orders[self._of(copy)].pop(copy, None)
+        self._orders[copy >= self._total].pop(copy, None)
 
     def first(self, copy: int) -> None:
         """Make *copy* the least recent of its pool, if it is there."""
         order = self.order(copy)
         if copy in order:
             order.move_to_end(copy, last=False)
+
+
+class _RecencyByLayer(Recency):
+    """The same with a pool for every layer and precision."""
+
+    def __init__(self, context: Context) -> None:
+        self._of = Pools(context).of
+        self._orders = [OrderedDict() for _ in range(2 * context.layers)]
+
+    def order(self, copy: int) -> OrderedDict[int, None]:
+        return self._orders[self._of(copy)]
+
+    def add(self, copy: int) -> None:
+        self.order(copy).setdefault(copy)
+
+    def remove(self, copy: int) -> None:
+        self.order(copy).pop(copy, None)
+
+
+def recency(context: Context) -> Recency:
+    """An ordering by recency for the pools of *context*."""
+    return _RecencyByLayer(context) if context.pool == "layer" else Recency(context)
 
 
 class _Bucket:

@@ -76,7 +76,8 @@ class Planner:
         self._serves = type(policy).serve is not Policy.serve
         self._inexact = not policy.exact
         self._on_load, self._on_evict = policy.on_load, policy.on_evict
-        self._on_route = policy.on_route
+        self._on_route, self._victims = policy.on_route, policy.victims
+        self._ledger_place = self.cache.place
         self._waiting: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.quality: defaultdict[str, float] = defaultdict(float)
@@ -204,24 +205,26 @@ class Planner:
         """Place *loads* in ascending order; what finds no slot waits for the next wave."""
         waves: list[list[Move]] = []
         wave: list[Move] = []
-        computing: set[int] = set()
+        place = self._place
+        computing: set[int] | None = None
         for copy in sorted(loads) if self._serves else loads:
-            move = self._place(copy, record, demand=True)
+            move = place(copy, record, True)
             if move is None:
                 waves.append(wave)
                 wave = []
                 record.append(-2)
                 self.cache.pinned = computing = set()
-                move = self._place(copy, record, demand=True)
+                move = place(copy, record, True)
                 if move is None:
                     raise self._refusal(f"names no victim for {self.context.name(copy)}")
-            computing.add(copy)
+            if computing is not None:
+                computing.add(copy)
             wave.append(move)
         waves.append(wave)
         return waves
 
-    def _place(self, copy: int, record: list[int], *, demand: bool) -> Move | None:
-        placed = self.cache.place(copy, self.policy.victims(copy))
+    def _place(self, copy: int, record: list[int], demand: bool) -> Move | None:
+        placed = self._ledger_place(copy, self._victims(copy))
         if placed is None:
             return None
         slot, victim = placed
@@ -240,7 +243,7 @@ class Planner:
         for copy in wanted:
             if copy in self._slot_of:
                 continue
-            move = self._place(copy, record, demand=False)
+            move = self._place(copy, record, False)
             if move is not None:
                 self._waiting.add(copy)
                 moves.append(move)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sim.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 #: Budgets of a miss-ratio curve, as shares of the experts, and the steps replayed for it.
 CURVE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -88,13 +89,15 @@ def run(
     """Simulate one policy on a trace and say where its time goes."""
     from reports.summary import run_summary
     from sim.budget import Budget
+    from sim.parallel import belady_beside
 
     session = _session(setup)
     _check_outputs(json_path, timeline, report)
     budget = Budget(cache, slots, gpu_memory)
-    result, recording = session.run(
-        policy, budget, record=bool(report), spans=bool(timeline), watch=_bar(session, policy)
-    )
+    with belady_beside(session, budget):
+        result, recording = session.run(
+            policy, budget, record=bool(report), spans=bool(timeline), watch=_bar(session, policy)
+        )
     if json_path != "-":
         click.echo(run_summary(result))
     if json_path:
@@ -119,6 +122,9 @@ def run(
 @click.option("--cache", multiple=True, help="A budget; repeat it. [default: 25% and 50%]")
 @click.option("--slots", type=int, multiple=True, help="A budget in experts; repeat it.")
 @click.option("--gpu-memory", multiple=True, help="A budget in GPU memory; repeat it.")
+@click.option(
+    "--jobs", type=click.IntRange(0), default=0, help="Runs at a time. [default: all cores if long]"
+)
 @click.option("--json", "json_path", metavar="FILE|-", help="Write all results as JSON.")
 @click.option("--report", metavar="DIR", help="Write an HTML report with figures.")
 def compare(
@@ -126,6 +132,7 @@ def compare(
     cache: tuple[str, ...],
     slots: tuple[int, ...],
     gpu_memory: tuple[str, ...],
+    jobs: int,
     json_path: str | None,
     report: str | None,
     **setup: Any,
@@ -133,6 +140,7 @@ def compare(
     """Compare policies and budgets on one trace, with Belady and the bounds."""
     from reports.comparison import compare_table
     from sim.budget import Budget
+    from sim.parallel import default_jobs, run_cells
 
     session = _session(setup)
     _check_outputs(json_path, None, report)
@@ -140,15 +148,17 @@ def compare(
     budgets += [Budget(gpu_memory=m) for m in gpu_memory]
     names = list(policies) or list(COMPARED)
     names += [name for name in ("lru", "belady") if name not in names]
+    budgets = budgets or [Budget(cache="25%"), Budget(cache="50%")]
+    cells = [(name, budget) for budget in budgets for name in names]
+    for name, budget in cells:
+        session.check(name, budget)
     results: list[Result] = []
     recordings: dict[int, Recording] = {}
-    for budget in budgets or [Budget(cache="25%"), Budget(cache="50%")]:
-        for name in names:
-            watch = _bar(session, name)
-            result, recording = session.run(name, budget, record=bool(report), watch=watch)
-            if recording is not None:
-                recordings[len(results)] = recording
-            results.append(result)
+    runs = run_cells(session, cells, record=bool(report), jobs=jobs or default_jobs(session))
+    for result, recording in _counted(runs, len(cells)):
+        if recording is not None:
+            recordings[len(results)] = recording
+        results.append(result)
     if json_path != "-":
         click.echo(compare_table(results))
     if json_path:
@@ -197,6 +207,15 @@ def _bar(session: Session, label: str) -> Callable[[Iterable[Step]], Iterable[St
             bar.update(done)
 
     return watch
+
+
+def _counted(runs: Iterator[T], total: int) -> Iterator[T]:
+    """A progress bar over runs, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield from runs
+        return
+    with click.progressbar(runs, length=total, label="runs", file=sys.stderr) as bar:
+        yield from bar
 
 
 def _check_outputs(json_path: str | None, timeline: str | None, report: str | None) -> None:

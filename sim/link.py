@@ -29,7 +29,7 @@ class Link:
     ) -> None:
         self._bytes_of = bytes_of
         self._queued_s, self._idle_s = queued_s, idle_s
-        self._seconds: dict[int, tuple[float, float]] = {}
+        self._costs: dict[int, tuple[float, float, int]] = {}
         self._queue = MoveQueue()
         #: Landing times of the last *depth* copies issued: the next may follow the first.
         self._ahead = deque([0.0] * depth, maxlen=depth)
@@ -100,16 +100,15 @@ class Link:
             self.cancelled += 1
 
     def _issue(self, move: Move, at_s: float) -> None:
-        size = self._bytes_of(move.copy)
-        try:
-            queued, idle = self._seconds[size]
-        except KeyError:
-            queued, idle = self._seconds[size] = self._queued_s(size), self._idle_s(size)
+        copy = move.copy
+        if copy not in self._costs:
+            size = self._bytes_of(copy)
+            self._costs[copy] = self._queued_s(size), self._idle_s(size), size
+        took, idle, size = self._costs[copy]
         leave = self._ahead[0]
         if leave > at_s:
             at_s = leave
         start = self._free_s
-        took = queued
         if start <= at_s:
             start, took = at_s, idle
         move.land_s = self._free_s = end = start + took

@@ -64,6 +64,7 @@ class Session:
 
     setup: Setup
     _belady: dict[int, int] = field(default_factory=dict)
+    _expected: dict[int, Callable[[], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.setup.batch < 1:
@@ -145,14 +146,26 @@ class Session:
             training=self.training,
         )
 
+    def expect_belady(self, slots: int, missed: Callable[[], int]) -> None:
+        """Let *missed* answer :meth:`belady_missed` when it is asked for *slots* slots."""
+        self._expected[slots] = missed
+
     def belady_missed(self, slots: int) -> int:
         """Moves of the best demand-only replay with *slots* slots in one global pool."""
+        if slots in self._expected:
+            self._belady[slots] = self._expected.pop(slots)()
         if slots not in self._belady:
             model = self.model
             context = Context(model.layers, model.experts, model.top_k, slots)
             planner = Planner(POLICIES.build("belady"), context)
             self._belady[slots] = run_counts(planner, self.future.steps())
         return self._belady[slots]
+
+    def check(self, policy_text: str, budget: Budget) -> None:
+        """Raise what :meth:`run` would raise before it starts."""
+        policy = POLICIES.build(policy_text)
+        self._columns(policy, self._forecaster(policy))
+        self.slots(budget)
 
     def run(
         self,

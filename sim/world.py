@@ -113,6 +113,7 @@ class World:
         attention = costs.attention_s(step.size, step.kv_tokens)
         issue_gate, answer, thinking = costs.issue_gate_s, costs.sync_s, costs.event_s
         one = costs.expert_s(1) if step.size == 1 else None
+        group_s = costs.group_s
         ideal: list[tuple[float, float]] = []
         event = self.events
         for layer, experts in enumerate(step.demand):
@@ -134,7 +135,7 @@ class World:
             else:
                 seconds = None
                 work = count * one
-            least, issued = costs.group_s[count]
+            least, issued = group_s[count]
             work = work if work > least else least
             busy = work if work > issued else issued
             ideal.append((issued, busy))
@@ -210,12 +211,15 @@ class World:
             experts = [move.copy % self.planner.context.total for move, _ in late]
             self.recording.late[experts] += 1
             self.recording.steps[-1].late += len(late)
-        return late
+        return sorted(late, key=_landing)
 
     def _compute(
         self, now: float, begin: float, ready: float, arriving: list[tuple[Move, float]]
     ) -> float:
-        """Compute what is there, then the rest as it lands; returns when the GPU is free."""
+        """Compute what is there, then *arriving* in order; returns when the GPU is free.
+
+        Copies land as they were issued: what was late was issued before what was missed.
+        """
         if begin > now:
             self.host_s += begin - now
             now = begin
@@ -223,8 +227,6 @@ class World:
             self._span("GPU", "experts", now, now + ready)
         now += ready
         worked = ready
-        if len(arriving) > 1:
-            arriving.sort(key=_landing)
         least = self.costs.least_alone_s
         for move, seconds in arriving:
             wait = move.land_s - now

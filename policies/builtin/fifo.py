@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from policies.base import Context, Policy
-from policies.orders import Recency
+from policies.orders import recency
 from policies.registry import register
 
 
@@ -16,7 +16,7 @@ class FIFO(Policy):
     """Ignores use altogether; the cheapest bookkeeping there is."""
 
     def reset(self, context: Context) -> None:
-        self._placed = Recency(context)
+        self._placed = recency(context)
 
     def on_load(self, copy: int) -> None:
         self._placed.add(copy)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from policies.base import Context, Policy
-from policies.orders import Recency
+from policies.orders import recency
 from policies.registry import register
 from policies.routing import Routing
 
@@ -21,7 +21,7 @@ class LRU(Policy):
     """
 
     def reset(self, context: Context) -> None:
-        self._recency = Recency(context)
+        self._recency = recency(context)
 
     def on_route(self, routing: Routing) -> None:
         self._recency.touch(routing.experts)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from policies.base import Context, Forecast, Policy
 from policies.future import NEVER
-from policies.orders import Recency
+from policies.orders import recency
 from policies.registry import parameter, register
 from policies.routing import Routing, Step
 
@@ -40,7 +40,7 @@ class Predictive(Policy):
     protect: bool = parameter(True, "keep held experts that are forecast")
 
     def reset(self, context: Context) -> None:
-        self._recency = Recency(context)
+        self._recency = recency(context)
         self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
         self._lag_s = 0.0
         self._missing = 0.5

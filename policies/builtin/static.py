@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from policies.base import Context, Forecast, Policy
-from policies.orders import Recency
+from policies.orders import recency
 from policies.registry import parameter, register
 from policies.routing import Routing, Step
 from traces.trace import IntArray
@@ -37,7 +37,7 @@ class Static(Policy):
         else:
             popularity = np.zeros(context.total, dtype=np.int64)
         self._pinned = dict.fromkeys(self._choose(context, popularity).tolist())
-        self._staged = Recency(context)
+        self._staged = recency(context)
         self._placed = False
 
     def _choose(self, context: Context, popularity: IntArray) -> IntArray:
