@@ -11,7 +11,7 @@ from typing import BinaryIO
 from traces.errors import InputError
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let *write* fill a file beside *path*, which then takes its place."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file to write")

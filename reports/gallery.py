@@ -139,26 +139,25 @@ def _miss_ratio(runs: Runs) -> Chart:
     first = runs.results[0]
     alike = len({(r.trace, r.batch, r.pool) for r in runs.results}) == 1
     own = _by_series(runs.results, [(r.slots, missed_ratio(r)) for r in runs.results])
-    if alike:  # drawn as the bound
-        own.pop("belady", None)
-    curves = {**own, **runs.curves}
-    belady = sorted({(r.slots, belady_missed_ratio(r)) for r in runs.results})
+    if alike:
+        own["belady"] = sorted({(r.slots, belady_missed_ratio(r)) for r in runs.results})
     popularity = None
     if runs.recordings and alike:
         popularity = next(iter(runs.recordings.values())).uses
     figure = miss_ratio_curves(
-        curves,
+        runs.curves,
         total_experts(first),
-        belady=belady if alike else (),
+        runs=own,
         popularity=popularity,
         cycle=token_cycle(first) if first.pool == "global" else None,
     )
     caption = (
         "The share of accesses whose expert had no slot, against the size of the cache: lower is "
-        "better, and the curve's slope is what more memory buys. Belady misses least of all that "
-        "load on demand; a policy that prefetches can lie below it, for more moves. The dashed "
-        "upright marks the experts that one token goes through: with fewer slots, LRU has given "
-        "every expert away before its layer comes round again."
+        "better, and a line's slope is what more memory buys. Marks are the runs of this report, "
+        "lines without marks are replays (of a long trace, of its first steps). Belady misses "
+        "least of all that load on demand; a policy that prefetches can lie below it, for more "
+        "moves. The dashed upright marks the experts that one token goes through: with fewer "
+        "slots, LRU has given every expert away before its layer comes round again."
     )
     if popularity is not None:
         caption += (
@@ -178,8 +177,8 @@ def _memory(runs: Runs) -> Chart:
     caption = (
         "Tokens per second over the whole run, against all the GPU memory that the run needs. "
         "The hatched area above the limit is out of reach for exact policies with that memory: "
-        "computing or Belady's moves alone would take longer. Its last point is the memory that "
-        "holds every expert."
+        "computing or Belady's moves alone would take longer. It ends at the memory that holds "
+        "every expert; between two budgets that of the larger one is drawn."
     )
     if prompts:
         caption += " The tokens of prompts are counted in, as the limit covers the whole run."
@@ -218,11 +217,11 @@ def _token_seconds(recording: Recording) -> npt.NDArray[np.float64]:
 
 
 def _link(runs: Runs) -> Chart:
-    series = [bin_link(name, recording.steps) for name, recording in runs.recorded]
+    series = [bin_link(name, rec.steps, rec.queue) for name, rec in runs.recorded]
     caption = (
         "The host-to-device link over the run: the share of time it copies, what it carries (on "
-        "demand, and by prefetch on top), and how many moves wait in the queue at the end of a "
-        "step (no panel if none ever does). A copy counts in the step that issued it. A link near "
+        "demand, and by prefetch on top), and how many moves wait in the queue (no panel if none "
+        "ever does). A copy counts in the step that issued it. A link near "
         "100 % is the bottleneck; one that idles beside stalls leaves room for prefetching."
     )
     return Chart("link", "Link utilisation and queue", caption, link_over_time(series))

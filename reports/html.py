@@ -39,6 +39,15 @@ class Picture:
     source: str
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Settings: (name, value) of the shared ones, columns and (label, values) of the others."""
+
+    shared: list[tuple[str, str]]
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
 def write_report(
     directory: Path,
     results: Sequence[Result],
@@ -103,7 +112,7 @@ def _page(
     )
     times = [token_time(r, recordings.get(i)) for i, r in enumerate(results)]
     runs = list(zip(labels(results), results, strict=True))
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         title=title,
         runs=runs,
         lead=_lead(results),
@@ -111,10 +120,11 @@ def _page(
         glance=GLANCE,
         sections=sections(list(results), times),
         pictures=pictures,
-        settings=[_setting(label, result) for label, result in runs],
+        provenance=_provenance(results),
         versions=_versions(),
         command=command,
     )
+    return page.replace(" %", "\u00a0%")  # a number and its sign stay on one line
 
 
 def _lead(results: Sequence[Result]) -> str:
@@ -155,27 +165,46 @@ def _notes(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _setting(label: str, result: Result) -> dict[str, Any]:
+def _setting(result: Result) -> dict[str, str]:
     """Where one run's numbers come from."""
-    parameters = dict(result.policy.get("parameters") or {})
-    forecaster = result.policy.get("forecaster") or {}
-    known = [f"{key}={value}" for key, value in parameters.items()]
-    if forecaster:
-        tuned = [f"{k}={v}" for k, v in (forecaster.get("parameters") or {}).items()]
-        known.append(f"forecaster {':'.join([forecaster['name'], *tuned])}")
     return {
-        "label": label,
         "trace": result.trace,
         "model": model_name(result),
         "sizes": result.model.get("sizes") or "as recorded",
         "policy": result.policy["name"],
-        "parameters": ", ".join(known) or "none",
-        "hardware": f"{result.hardware['name']} ({result.hardware['kind']})",
+        "parameters": _listed(result.policy.get("parameters")),
+        "forecaster": _forecaster(result),
+        "hardware profile": f"{result.hardware['name']} ({result.hardware['kind']})",
         "world": WORLDS.get(result.world, result.world),
-        "run": f"{count(result.slots)} slots, pool {result.pool}, batch {result.batch}, "
-        f"seed {result.seed}",
-        "decisions": result.decisions_sha256,
+        "slots": f"{count(result.slots)}, pool: {result.pool}",
+        "batch": str(result.batch),
+        "seed": str(result.seed),
+        "decisions (SHA-256)": result.decisions_sha256,
     }
+
+
+def _forecaster(result: Result) -> str:
+    known = result.policy.get("forecaster")
+    if not known:
+        return "none"
+    tunables = known.get("parameters")
+    return f"{known['name']}: {_listed(tunables)}" if tunables else str(known["name"])
+
+
+def _listed(parameters: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{key}={value}" for key, value in (parameters or {}).items()) or "none"
+
+
+def _provenance(results: Sequence[Result]) -> Provenance:
+    """Settings that all runs share, said once, and a table of those that differ."""
+    settings = [_setting(result) for result in results]
+    shared = {key: v for key, v in settings[0].items() if all(s[key] == v for s in settings)}
+    columns = [key for key in settings[0] if key not in shared]
+    rows = [
+        (label, [setting[key] for key in columns])
+        for label, setting in zip(labels(results), settings, strict=True)
+    ]
+    return Provenance(list(shared.items()), columns, rows)
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
+
 from policies.result import CAUSES, Result
 from reports.comparison import compare_table
 from reports.labels import budget_text, model_name, policy_label, sizes_note
@@ -18,6 +21,9 @@ from reports.metrics import (
 from reports.units import count, data, duration, percent, significant
 
 __all__ = ["CAUSE_TEXT", "cliff_warning", "compare_table", "run_summary"]
+
+#: Characters of a line.
+WIDTH = 100
 
 #: What each cause of the breakdown means, in a few words.
 CAUSE_TEXT = {
@@ -55,7 +61,15 @@ def cliff_warning(result: Result) -> str:
 
 
 def _row(name: str, text: str) -> str:
-    return f"  {name:<18}{text}"
+    """A line under a heading, wrapped where it is too long for a terminal."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=f"  {name:<18}",
+        subsequent_indent=" " * 20,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _setting(result: Result) -> list[str]:
@@ -107,13 +121,18 @@ def _cache(result: Result) -> list[str]:
         _row("prefetch", _prefetch(result)),
     ]  # fmt: skip
     if result.quality:
-        shares = ", ".join(f"{k.replace('_', ' of ')} {percent(v, 2)}" for k, v in _inexact(result))
-        lines.append(_row("not exact", shares or "but nothing was changed"))
+        lines.append(_row("not exact", _departure(result.quality)))
     return lines
 
 
-def _inexact(result: Result) -> list[tuple[str, float]]:
-    return [(key, share) for key, share in (result.quality or {}).items() if share]
+def _departure(quality: Mapping[str, float]) -> str:
+    """How experts were served that were not computed in full, with the gate weight they had."""
+    words = []
+    for kind, name in (("low", "low precision"), ("skip", "skipped"), ("substitute", "replaced")):
+        accesses, weight = quality.get(f"{kind}_accesses"), quality.get(f"{kind}_weight", 0.0)
+        if accesses:
+            words.append(f"{name} {percent(accesses)} of accesses ({percent(weight)} of weight)")
+    return ", ".join(words) or "by its kind, but nothing was changed in this run"
 
 
 def _prefetch(result: Result) -> str:
@@ -168,7 +187,7 @@ def _bounds(result: Result) -> list[str]:
         _row("transfer", f"{duration(bounds['transfer_s'])} for Belady's "
              f"{count(least)} moves at link speed; made here: {count(moves)}{times}"),
         _row("limit", f"{duration(result.limit_s)}, this run {duration(result.time['total_s'])}: "
-             f"{percent(limit_share(result))} of the way"),
+             f"{percent(limit_share(result))} of the limit's speed"),
     ]  # fmt: skip
     if not result.policy.get("exact", True):
         lines.append(_row("", "not an exact policy: the transfer bound does not bind it"))

@@ -51,7 +51,7 @@ def against_bounds(runs: Sequence[Standing]) -> Figure:
         color="black", lw=2, label="limit: the larger bound",
     )  # fmt: skip
     for row, run in enumerate(runs):
-        text = f"{run.limit_s / run.total_s:.0%} of the way" if run.total_s else ""
+        text = f"{run.limit_s / run.total_s:.0%} of the limit's speed" if run.total_s else ""
         if not run.exact:
             text = "not exact: may pass the limit"
         axes.annotate(
@@ -59,7 +59,7 @@ def against_bounds(runs: Sequence[Standing]) -> Figure:
             textcoords="offset points", va="center", fontsize=9,
         )  # fmt: skip
     name_rows(axes, labels)
-    axes.set_xlim(0, 1.25 * max(max(run.total_s, run.limit_s) for run in runs))
+    axes.set_xlim(0, 1.3 * max(max(run.total_s, run.limit_s) for run in runs))
     axes.set_xlabel("time of the whole run (s)")
     legend_below(figure, axes, 2)
     return figure

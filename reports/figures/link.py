@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from policies.recording import StepRow
 from reports.figures.style import message, new_figure, styled, wrap
 
+Floats = npt.NDArray[np.float64]
+
 #: Bins that a run's time is cut into.
 BINS = 120
 
@@ -24,34 +26,43 @@ class LinkSeries:
     """One run's link in bins of time: *edges_s* has one more entry than the rest."""
 
     label: str
-    edges_s: npt.NDArray[np.float64]
-    utilisation: npt.NDArray[np.float64]
-    demand_bytes_per_s: npt.NDArray[np.float64]
-    prefetch_bytes_per_s: npt.NDArray[np.float64]
-    queue_moves: npt.NDArray[np.float64]
+    edges_s: Floats
+    utilisation: Floats
+    demand_bytes_per_s: Floats
+    prefetch_bytes_per_s: Floats
+    queue_moves: Floats
 
 
-def bin_link(label: str, steps: Sequence[StepRow], bins: int = BINS) -> LinkSeries:
-    """Cut the time of *steps* into *bins*; what a step did is spread evenly over it."""
+def bin_link(
+    label: str, steps: Sequence[StepRow], queue: Sequence[tuple[float, int]] = (), bins: int = BINS
+) -> LinkSeries:
+    """Cut the time of *steps* into *bins*; what a step did is spread evenly over it.
+
+    *queue* holds (seconds, moves) samples; without them the moves that each step left count.
+    """
     bins = max(1, min(bins, len(steps)))
     bounds = np.array([steps[0].start_s, *(row.end_s for row in steps)])
     edges = np.linspace(bounds[0], bounds[-1], bins + 1)
-    width = np.diff(edges)
-    took = np.diff(bounds)
-
-    def rate(values: Sequence[float]) -> npt.NDArray[np.float64]:
-        grown = np.concatenate([[0.0], np.cumsum(values)])
-        binned: npt.NDArray[np.float64] = np.diff(np.interp(edges, bounds, grown)) / width
-        return binned
-
+    if queue:
+        times = np.array([bounds[0], *(at for at, _ in queue), bounds[-1]])
+        waiting = np.array([0, *(moves for _, moves in queue)])
+    else:
+        times, waiting = bounds, np.array([row.queue_moves for row in steps])
     return LinkSeries(
         label,
         edges,
-        rate([row.link_busy_s for row in steps]),
-        rate([row.demand_bytes for row in steps]),
-        rate([row.prefetch_bytes for row in steps]),
-        rate([row.queue_moves * s for row, s in zip(steps, took, strict=True)]),
+        _rate([row.link_busy_s for row in steps], bounds, edges),
+        _rate([row.demand_bytes for row in steps], bounds, edges),
+        _rate([row.prefetch_bytes for row in steps], bounds, edges),
+        _rate(waiting * np.diff(times), times, edges),
     )
+
+
+def _rate(amounts: npt.ArrayLike, times: Floats, edges: Floats) -> Floats:
+    """Per second and bin, what grew by *amounts* between *times*."""
+    grown = np.concatenate([[0.0], np.cumsum(amounts)])
+    binned: Floats = np.diff(np.interp(edges, times, grown)) / np.diff(edges)
+    return binned
 
 
 @styled
@@ -73,6 +84,8 @@ def link_over_time(series: Sequence[LinkSeries]) -> Figure:
     panels = grid.T if one else grid
     for row, run in zip(panels, series, strict=True):
         _draw_run(row, run)
+        for axes, top in zip(row, _tops(series), strict=False):
+            axes.set_ylim(0, 1.05 * top)
         if not one:
             row[0].set_ylabel(wrap(run.label, 16), fontsize=8.5)
     _name_panels(panels[0], one, "traffic (GB/s)" if prefetch else "demand traffic (GB/s)")
@@ -85,10 +98,16 @@ def link_over_time(series: Sequence[LinkSeries]) -> Figure:
     return figure
 
 
+def _tops(series: Sequence[LinkSeries]) -> tuple[float, float, float]:
+    """The largest value of each panel over all runs."""
+    busy = max(100 * float(s.utilisation.max()) for s in series)
+    both = max(float((s.demand_bytes_per_s + s.prefetch_bytes_per_s).max()) for s in series)
+    return max(busy, 100.0), both / 1e9, max(float(s.queue_moves.max()) for s in series)
+
+
 def _draw_run(row: Sequence[Axes], run: LinkSeries) -> None:
     busy, traffic = row[:2]
     busy.stairs(100 * run.utilisation, run.edges_s, fill=True, color=BUSY)
-    busy.set_ylim(0, max(100.0, 100 * float(run.utilisation.max())) * 1.04)
     demand = run.demand_bytes_per_s / 1e9
     both = demand + run.prefetch_bytes_per_s / 1e9
     traffic.stairs(demand, run.edges_s, fill=True, color=DEMAND, label="demand")
@@ -96,14 +115,12 @@ def _draw_run(row: Sequence[Axes], run: LinkSeries) -> None:
         both, run.edges_s, baseline=demand, fill=True, facecolor=PREFETCH, edgecolor="#6b4a00",
         hatch="////", lw=0, label="prefetch (on top of demand)",
     )  # fmt: skip
-    traffic.set_ylim(bottom=0)
     for queue in row[2:]:
         queue.stairs(run.queue_moves, run.edges_s, color=QUEUE, lw=1.4, baseline=None)
-        queue.set_ylim(bottom=0)
 
 
 def _name_panels(first: Sequence[Axes], one: bool, traffic: str) -> None:
-    titles = ("link busy (%)", traffic, "queued moves at step end")
+    titles = ("link busy (%)", traffic, "queued moves (mean)")
     for axes, title in zip(first, titles, strict=False):
         if one:
             axes.set_ylabel(title)

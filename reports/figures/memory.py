@@ -21,18 +21,23 @@ def speed_against_memory(
     """Tokens per second against GPU memory.
 
     *curves* and *limit* hold (GiB, tokens per second); *prompts* says that the tokens of
-    prompts are counted in. Above the limit no exact policy gets.
+    prompts are counted in. Above the limit no exact policy gets; between two budgets
+    that of the larger one is drawn, since more memory never lowers it.
     """
     figure = new_figure(lines_height([*curves, LIMIT]))
     axes = figure.add_subplot()
     for index, (label, points) in enumerate(curves.items()):
         axes.plot(*_columns(points), label=label, **line_style(index))
     memory, speed = _columns(limit)
-    axes.plot(memory, speed, color="black", lw=1.4, ls="--", marker="_", label=LIMIT)
+    axes.step(
+        memory, speed, where="pre", color="black", lw=1.4, ls="--", marker="_", ms=16, mew=2.4,
+        label=LIMIT,
+    )  # fmt: skip
     top = 1.12 * max([*speed, *(y for points in curves.values() for _, y in points)])
     axes.fill_between(
-        memory, speed, top, facecolor="#f0f0f0", edgecolor="#c4c4c4", hatch="///", lw=0, zorder=0
-    )
+        memory, speed, top, step="pre", facecolor="#f0f0f0", edgecolor="#c4c4c4", hatch="///",
+        lw=0, zorder=0,
+    )  # fmt: skip
     axes.set_ylim(0, top)
     axes.set_xlim(left=0)
     axes.set_xlabel("GPU memory: dense part, KV cache and slots (GiB)")

@@ -85,8 +85,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def wrap(label: str, width: int = 24) -> str:
-    """*label* on lines of at most *width* characters."""
-    return "\n".join(textwrap.wrap(label, width)) or label
+    """*label* on lines of at most *width* characters; a number stays beside its per cent sign."""
+    return "\n".join(textwrap.wrap(label.replace(" %", "\u00a0%"), width)) or label
 
 
 def line_style(index: int) -> dict[str, Any]:
