@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.base import Context, Forecast, Prediction
+from policies.base import Forecast, Prediction
 from policies.routing import Step
 from traces.trace import FloatArray, IntArray
 
@@ -12,19 +12,23 @@ from traces.trace import FloatArray, IntArray
 MAX_TOKENS = 64
 
 
-def predictions(scores: FloatArray, first_layer: int, context: Context, width: int) -> Forecast:
-    """The best *width* experts of consecutive layers, most likely first.
+def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float) -> Forecast:
+    """The experts whose chance is at least *floor*, layer by layer, most likely first.
 
-    *scores* is [n, experts] for the layers from *first_layer* on, one event ahead each.
+    *scores* lists the chances of all *experts* of consecutive layers from *first_layer* on,
+    one layer after the other; the first is one event ahead.
     """
-    width = min(width, scores.shape[1])
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :width]
-    values = np.take_along_axis(scores, best, axis=1).tolist()
-    base = (first_layer + np.arange(len(scores)))[:, None] * context.experts
-    experts = (best + base).tolist()
-    return [
-        Prediction(ahead + 1, experts[ahead], values[ahead]) for ahead in range(len(experts))
-    ]
+    named = np.flatnonzero(scores >= floor)
+    best: list[list[tuple[float, int]]] = [[] for _ in range(len(scores) // experts)]
+    base = first_layer * experts
+    for index, chance in zip(named.tolist(), scores[named].tolist(), strict=True):
+        best[index // experts].append((-chance, index + base))
+    forecast = []
+    for ahead, layer in enumerate(best, start=1):
+        if layer:
+            layer.sort()
+            forecast.append(Prediction(ahead, [e for _, e in layer], [-c for c, _ in layer]))
+    return forecast
 
 
 def any_of(chances: FloatArray) -> FloatArray:

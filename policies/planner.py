@@ -131,8 +131,9 @@ class Planner:
                     self.cache.pinned = experts
                 record.append(-3)
                 plan.prefetch = self._prefetch(wanted, record)
-        if missed or plan.prefetch:
-            self.log.add(record)
+        if not missed and not plan.prefetch:
+            return NOTHING
+        self.log.add(record)
         return plan
 
     def _place_demand(self, routing: Routing, missed: list[int], record: list[int]) -> Plan:

@@ -87,24 +87,24 @@ class Predictive(Policy):
 
     def _wanted(self, forecast: Forecast) -> Iterator[int]:
         """Note what is foreseen; yield what is worth fetching, nearest layer first."""
-        held, now = self._held, self._now
+        held, due, confidence = self._held, self._due, self.confidence
         for ahead, experts, scores in forecast:
-            event = now + ahead
-            least = self._least_chance(ahead)
+            event = self._now + ahead
             named = self._named.setdefault(event, [])
             for expert, score in zip(experts, scores, strict=True):
-                if score < self.confidence:
+                if score < confidence:
                     break
                 if expert in held:
-                    if self.protect and self._due.get(expert, NEVER) > event:
-                        self._due[expert] = event
+                    if self.protect and due.get(expert, NEVER) > event:
+                        due[expert] = event
                         named.append(expert)
-                elif score >= least and ahead <= self.horizon:
-                    self._due[expert] = self._fetched[expert] = event
+                elif ahead <= self.horizon:
+                    if score < self._least_chance(ahead):
+                        break
+                    due[expert] = self._fetched[expert] = event
                     self._promised += score
                     named.append(expert)
                     yield expert
-                    least = self._least_chance(ahead)
 
     def _least_chance(self, ahead: int) -> float:
         """The chance at which a prefetch for *ahead* events from now starts to pay.

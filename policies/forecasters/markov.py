@@ -13,6 +13,26 @@ from policies.routing import Routing, Step
 from traces.trace import FloatArray, IntArray
 
 
+class Table:
+    """How often each of *reach* experts followed expert a: counts and their shares.
+
+    Shares start at *start*, as if seen once. Rows are normalised when they are learned, so
+    that reading a chance is one look-up.
+    """
+
+    def __init__(self, experts: int, reach: int, start: float) -> None:
+        self._counts = np.full((experts, reach), start, dtype=np.float32)
+        self._uses = np.ones((experts, 1), dtype=np.float32)
+        self.shares = self._counts.copy()
+
+    def learn(self, before: IntArray, after: IntArray) -> None:
+        """Expert *before* [n, k] was followed by columns *after* [n, m], each pair once."""
+        rows = before.reshape(-1)
+        self._uses[rows] += 1
+        self._counts[before[:, :, None], after[:, None, :]] += 1
+        self.shares[rows] = self._counts[rows] / self._uses[rows]
+
+
 @register_forecaster("markov")
 @dataclass
 class Markov(Forecaster):
@@ -25,19 +45,16 @@ class Markov(Forecaster):
     """
 
     horizon: int = parameter(2, "layers ahead", low=1, high=8)
-    width: float = parameter(1.5, "experts named per layer, in top_k", low=1, high=16)
+    floor: float = parameter(0.3, "least chance at which an expert is named", low=0, high=1)
     blend: float = parameter(0.5, "share of the previous token in the chance", low=0, high=1)
 
     def reset(self, context: Context) -> None:
         self._context = context
-        layers, experts, k = context.layers, context.experts, context.top_k
-        self._width = max(1, round(self.width * k))
-        reach = self.horizon * experts
-        start = k / experts
-        self._across = np.full((layers, experts, reach), start, dtype=np.float32)
-        self._along = np.full((layers, experts, experts), start, dtype=np.float32)
-        self._uses = np.ones((layers, experts, 1), dtype=np.float32)
-        self._followed = np.ones((layers, experts, 1), dtype=np.float32)
+        self._reach = self.horizon * context.experts
+        start = context.top_k / context.experts
+        self._across = Table(context.total, self._reach, start)
+        self._along = Table(context.total, context.experts, start)
+        self._base = np.arange(context.layers)[:, None] * context.experts
         self._step: Step | None = None
         self._routes: list[IntArray] = []
         self._last: dict[int, IntArray] = {}
@@ -51,53 +68,43 @@ class Markov(Forecaster):
         known = [self._last[s] for s in step.sequence_ids.tolist() if s in self._last]
         if not known:
             return ()
-        layer = np.arange(self._context.layers)[:, None]
-        chances = [self._table(self._along, self._followed, layer, route) for route in known]
-        self._previous = any_of(np.stack(chances))
-        return predictions(self._previous, 0, self._context, self._width * step.size)
-
-    @staticmethod
-    def _table(
-        counts: FloatArray, uses: FloatArray, layer: IntArray | int, route: IntArray
-    ) -> FloatArray:
-        """Mean chance of what follows, over the last axis of *route* [..., k]."""
-        rows: FloatArray = counts[layer, route] / uses[layer, route]
-        mean: FloatArray = rows.mean(axis=-2)
-        return mean
+        shares = np.stack([self._along.shares[route].mean(axis=1) for route in known])
+        previous = any_of(shares).reshape(-1)
+        # Padded, so that a window that reaches past the last layer is as long as any other.
+        self._previous = np.append(self.blend * previous, np.zeros(self._reach, np.float32))
+        return predictions(previous, 0, self._context.experts, self.floor)
 
     def on_route(self, routing: Routing) -> Forecast:
         chosen = routing.token_experts
         self._routes.append(chosen)
-        ahead = min(self.horizon, self._context.layers - 1 - routing.layer)
+        layer, experts = routing.layer + 1, self._context.experts
+        ahead = min(self.horizon, self._context.layers - layer)
         if len(chosen) > MAX_TOKENS or ahead == 0:
             return ()
-        experts = self._context.experts
-        chances = any_of(self._table(self._across, self._uses, routing.layer, chosen))
-        scores = chances.reshape(self.horizon, experts)[:ahead]
-        if self._previous is not None and self.blend:
-            coming = self._previous[routing.layer + 1 : routing.layer + 1 + ahead]
-            scores = (1 - self.blend) * scores + self.blend * coming
-        return predictions(scores, routing.layer + 1, self._context, self._width * len(chosen))
+        if len(chosen) == 1:
+            scores = np.add.reduce(self._across.shares[routing.experts])
+            scores *= 1.0 / len(routing.experts)
+        else:
+            scores = any_of(self._across.shares[chosen + (layer - 1) * experts].mean(axis=1))
+        if self._previous is not None:
+            scores *= 1.0 - self.blend
+            scores += self._previous[layer * experts : layer * experts + self._reach]
+        return predictions(scores[: ahead * experts], layer, experts, self.floor)
 
     def _learn(self) -> None:
         """Add the step that has ended to the tables."""
-        step, layers = self._step, self._context.layers
+        step, layers, experts = self._step, self._context.layers, self._context.experts
         if step is None or len(self._routes) != layers:
             return
         routes = np.stack(self._routes, axis=1).astype(np.int64)
-        layer = np.arange(layers)[:, None]
-        for route in routes if len(routes) <= MAX_TOKENS else routes[-MAX_TOKENS:]:
-            self._uses[layer, route] += 1
+        for route in routes[-MAX_TOKENS:]:
             for d in range(1, min(self.horizon, layers - 1) + 1):
-                after = route[d:, None, :] + (d - 1) * self._context.experts
-                self._across[layer[:-d, :, None], route[:-d, :, None], after] += 1
+                self._across.learn((route + self._base)[:-d], route[d:] + (d - 1) * experts)
         sequences, rows = last_rows(step)
+        alive: dict[int, IntArray] = {}
         for sequence, row in zip(sequences.tolist(), rows.tolist(), strict=True):
-            route = routes[row]
             before = self._last.get(sequence)
             if before is not None and step.phase == "decode":
-                self._followed[layer, before] += 1
-                self._along[layer[:, :, None], before[:, :, None], route[:, None, :]] += 1
-            self._last[sequence] = route
-        alive = set(sequences.tolist())
-        self._last = {s: r for s, r in self._last.items() if s in alive}
+                self._along.learn(before, routes[row])
+            alive[sequence] = routes[row] + self._base
+        self._last = alive

@@ -25,14 +25,13 @@ class Token(Forecaster):
 
     needs: ClassVar[tuple[str, ...]] = ("tokens", "training")
 
-    width: float = parameter(1.5, "experts named per layer, in top_k", low=1, high=16)
+    floor: float = parameter(0.3, "least chance at which an expert is named", low=0, high=1)
     prior: float = parameter(1.0, "weight of popularity, in tokens", low=0.0)
 
     def reset(self, context: Context) -> None:
         self._context = context
         training = context.training
         assert training is not None
-        self._width = max(1, round(self.width * context.top_k))
         popularity = training.popularity.astype(np.float64)
         self._popular = popularity * context.top_k / max(popularity[: context.experts].sum(), 1.0)
         self._tables = training.token_experts
@@ -43,8 +42,7 @@ class Token(Forecaster):
         if step.token_ids is None or step.size > MAX_TOKENS:
             return ()
         chances = any_of(np.stack([self._chances(int(token)) for token in step.token_ids]))
-        layered = chances.reshape(self._context.layers, self._context.experts)
-        self._path = predictions(layered, 0, self._context, self._width * step.size)
+        self._path = predictions(chances, 0, self._context.experts, self.floor)
         return self._path
 
     def _chances(self, token: int) -> FloatArray:
@@ -57,5 +55,5 @@ class Token(Forecaster):
         return chance
 
     def on_route(self, routing: Routing) -> Forecast:
-        rest = self._path[routing.layer + 1 :]
-        return [p._replace(ahead=p.ahead - routing.layer - 1) for p in rest]
+        passed = routing.layer + 1
+        return [p._replace(ahead=p.ahead - passed) for p in self._path if p.ahead > passed]
