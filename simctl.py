@@ -104,16 +104,32 @@ def main(argv: list[str] | None = None) -> Any:
         click.echo("interrupted", err=True)
         return 130
     except click.ClickException as error:
-        error.show()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            _complain(error.format_message(), getattr(error, "ctx", None))
         return 2
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         return 130
     except Exception as error:
-        if type(error).__name__ == "InputError" and type(error).__module__ == "traces.errors":
-            click.echo(f"simctl: {error}", err=True)
-            return 2
-        raise
+        if not _is_input_error(error):
+            raise
+        _complain(str(error))
+        return 2
+
+
+def _is_input_error(error: Exception) -> bool:
+    """Whether *error* is an InputError or a kind of it, told without importing it."""
+    kinds = {(kind.__module__, kind.__name__) for kind in type(error).__mro__}
+    return ("traces.errors", "InputError") in kinds
+
+
+def _complain(text: str, ctx: click.Context | None = None) -> None:
+    """One line on stderr, whatever *text* holds; *ctx* is the command that was misused."""
+    command = ctx.command_path if ctx else "simctl"
+    more = f" (see {command} --help)" if ctx else ""
+    click.echo(f"{command}: {' '.join(text.splitlines())}{more}", err=True)
 
 
 if __name__ == "__main__":
