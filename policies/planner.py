@@ -11,12 +11,23 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from policies.base import Context, Forecaster, Policy, Service, Substitute
 from policies.decisions import DecisionLog
 from policies.ledger import ExpertCache, LedgerError
 from policies.moves import Move
 from policies.routing import Routing, Step
-from traces.errors import InputError
+from traces.errors import InputError, first_line
+
+#: Functions in which a plug-in's answer is taken apart -> the hook that gave it.
+_ASKERS = {
+    "place": "victims",
+    "_prefetch": "prefetch or plan_step",
+    "_serve": "serve",
+    "_check_service": "serve",
+    "_wanted": "a forecast",
+}
 
 #: Service codes of the decision log.
 _CODES = {Service.LOW: 1, Service.SKIP: 2, Service.CPU: 3}
@@ -81,9 +92,12 @@ class Planner:
         self._waiting: set[int] = set()
         self.counts: Counter[str] = Counter()
         self.quality: defaultdict[str, float] = defaultdict(float)
-        policy.reset(context)
-        if forecaster is not None:
-            forecaster.reset(context)
+        try:
+            policy.reset(context)
+            if forecaster is not None:
+                forecaster.reset(context)
+        except Exception as error:
+            raise blame(self, error) from error
 
     @property
     def unused(self) -> int:
@@ -97,6 +111,7 @@ class Planner:
 
     def begin(self, step: Step) -> Sequence[Move]:
         """The prefetches a policy wants before the step's first layer."""
+        self.cache.event = step.number * self.context.layers
         forecast = self.forecaster.on_step(step) if self.forecaster else ()
         wanted = self.policy.plan_step(step, forecast)
         if not wanted:
@@ -244,6 +259,8 @@ class Planner:
         for copy in wanted:
             if copy in self._slot_of:
                 continue
+            if type(copy) is not int and not isinstance(copy, np.integer):
+                raise self._refusal(f"asks for {copy!r} ahead of time, expected an expert's number")
             move = self._place(copy, record, False)
             if move is not None:
                 self._waiting.add(copy)
@@ -272,20 +289,24 @@ def blame(planner: Planner, error: Exception) -> Exception:
     """What to raise for *error*: one line where the user's own plug-in is at fault."""
     if isinstance(error, InputError):
         return error
-    for plugin in (planner.policy, planner.forecaster):
-        home = sys.modules.get(type(plugin).__module__)
-        file = getattr(home, "__file__", None)
-        if plugin is None or file is None or type(plugin).__module__.startswith("policies."):
-            continue
-        for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if frame.filename == file:
-                context, event = planner.context, planner.cache.event
-                step, layer = divmod(event, context.layers)
-                said = (str(error).splitlines() or [""])[0]
-                return PolicyError(
-                    f"{plugin.name!r} raised {type(error).__name__}: {said} at event {event} "
-                    f"(step {step}, layer {layer}), {file}:{frame.lineno} in {frame.name}"
-                )
+    theirs = {
+        getattr(sys.modules.get(type(plugin).__module__), "__file__", None): plugin.name
+        for plugin in (planner.policy, planner.forecaster)
+        if plugin is not None and not type(plugin).__module__.startswith("policies.")
+    }
+    step, layer = divmod(planner.cache.event, planner.context.layers)
+    when = f"at event {planner.cache.event} (step {step}, layer {layer})"
+    what = f"{type(error).__name__}: {first_line(error)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if frame.filename in theirs:
+            return PolicyError(
+                f"{theirs[frame.filename]!r} raised {what} {when}, "
+                f"{frame.filename}:{frame.lineno} in {frame.name}"
+            )
+    if theirs and frames and frames[-1].name in _ASKERS:
+        names, hook = " or ".join(map(repr, theirs.values())), _ASKERS[frames[-1].name]
+        return PolicyError(f"{names} gave an answer of no use in {hook} {when}: {what}")
     return error
 
 

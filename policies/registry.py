@@ -21,13 +21,15 @@ from typing import Any, Generic, TypeVar
 
 from policies.base import Forecaster, Policy
 from policies.scheduling import BatchScheduler
-from traces.errors import InputError
+from traces.errors import InputError, first_line
 from traces.names import did_you_mean
 
 T = TypeVar("T")
 
 
-def parameter(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+def parameter(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None
+) -> Any:
     """Declare a tunable of a policy: its default, meaning and range.
 
     The command line, ``simctl policies`` and later the tuner all read it from here.
@@ -130,8 +132,8 @@ class Registry(Generic[T]):
             values[key] = _convert(value.strip(), fields[key], f"{self.kind} {name!r}: {key}")
         try:
             return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{self.kind} {name!r}: {error}") from error
+        except Exception as error:
+            raise InputError(f"{self.kind} {name!r}: {first_line(error)}") from error
 
 
 def parameters(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -180,11 +182,10 @@ def _import_file(path: Path, kind: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        reason = str(error).splitlines()[0] if str(error) else ""
         raise InputError(
-            f"{kind} file {path}: does not import ({type(error).__name__}: {reason})"
+            f"{kind} file {path}: does not import ({type(error).__name__}: {first_line(error)})"
         ) from error
     return module
 
