@@ -16,6 +16,23 @@ SCHEMA = "simctl.result/1"
 #: Parts of the breakdown: where the GPU's time went, adding up to the total.
 CAUSES = ("attention", "experts", "host", "stall_demand", "stall_late", "idle")
 
+#: What each part of a result must hold: numbers, but for those in :data:`WORDS`.
+PARTS = {
+    "policy": ("name", "label", "parameters"),
+    "model": ("name", "layers", "experts", "top_k"),
+    "hardware": ("name", "kind"),
+    "moves": ("demand", "prefetch", "cancelled", "wasted"),
+    "bytes": ("demand", "prefetch", "wasted"),
+    "prefetch": ("used", "late", "accuracy", "coverage", "timeliness"),
+    "time": ("total_s", "prefill_s", "decode_s", "tokens_per_s", "tpot_s"),
+    "time.tpot_s": ("mean", "p50", "p90", "p99"),
+    "breakdown_s": CAUSES,
+    "link": ("busy_s", "utilisation"),
+    "memory": ("experts_bytes", "slots_bytes", "dense_bytes", "kv_bytes", "saving"),
+    "bounds": ("compute_s", "transfer_s", "belady_missed"),
+}
+WORDS = {"name": str, "label": str, "kind": str, "parameters": Mapping, "tpot_s": Mapping}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -85,8 +102,40 @@ class Result:
         absent = sorted(needed - values.keys())
         if absent:
             raise InputError(f"{where}: field {absent[0]!r} is missing, expected {SCHEMA}")
+        for field in dataclasses.fields(cls):
+            kind = _KINDS.get(str(field.type), Mapping)
+            if field.name in needed and not _is(values[field.name], kind):
+                raise InputError(f"{where}: {_found(field.name, values[field.name], kind)}")
+        _check_parts(values, where)
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+_KINDS: dict[str, type[Any]] = {"str": str, "int": int, "float": float}
+
+_NAMES: dict[type[Any], str] = {str: "text", int: "a whole number", float: "a number"}
+
+
+def _is(value: object, kind: type[Any]) -> bool:
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _found(name: str, value: object, kind: type[Any]) -> str:
+    return f"{name} is {value!r:.60}, expected {_NAMES.get(kind, 'an object')}"
+
+
+def _check_parts(values: Mapping[str, Any], where: str) -> None:
+    for part, names in PARTS.items():
+        inside: Any = values
+        for step in part.split("."):
+            inside = inside[step]
+        for name in names:
+            if name not in inside:
+                raise InputError(f"{where}: field '{part}.{name}' is missing, expected {SCHEMA}")
+            kind = WORDS.get(name, float)
+            if not _is(inside[name], kind):
+                raise InputError(f"{where}: {_found(f'{part}.{name}', inside[name], kind)}")
 
 
 def read_results(path: Path) -> list[Result]:
