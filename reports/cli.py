@@ -224,6 +224,10 @@ def _check_outputs(json_path: str | None, timeline: str | None, report: str | No
 
     for path in (json_path, timeline):
         if path and path != "-":
+            if Path(path).is_dir():
+                raise InputError(f"{path}: is a folder, expected a file to write")
+            if not Path(path).parent.exists():
+                raise InputError(f"{path}: {Path(path).parent} does not exist, expected a folder")
             check_writable(Path(path).parent, path)
     if report:
         check_writable(Path(report), report)

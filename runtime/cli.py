@@ -190,17 +190,15 @@ def doctor(json_target: str | None) -> None:
     from runtime.doctor import examine, lines
 
     facts = examine()
-    if json_target != "-":
-        click.echo("\n".join(lines(facts)))
-    if json_target is None:
-        return
     text = json.dumps(facts, indent=2) + "\n"
     if json_target == "-":
         click.echo(text, nl=False)
         return
-    try:
-        Path(json_target).write_text(text)
-    except OSError as error:
-        raise InputError(
-            f"--json {json_target}: {error.strerror}, expected a writable file"
-        ) from None
+    if json_target is not None:
+        try:
+            Path(json_target).write_text(text)
+        except OSError as error:
+            raise InputError(
+                f"--json {json_target}: {error.strerror}, expected a writable file"
+            ) from None
+    click.echo("\n".join(lines(facts)))

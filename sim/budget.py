@@ -44,7 +44,7 @@ class Budget:
             return self._from_memory(model, profile, kv_tokens)
         if self.slots is not None:
             return _check(self.slots, model, f"--slots {self.slots}")
-        text = self.cache or "50%"
+        text = "50%" if self.cache is None else self.cache
         share = _percent(text)
         return _check(math.floor(share * model.total_experts + 1e-9), model, f"--cache {text}")
 
@@ -88,4 +88,4 @@ def parse_bytes(text: str, option: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise InputError(f"{option} {text}: expected an amount of memory such as 24GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(min(float(match[1]) * _UNITS[match[2].upper()], 1e30))

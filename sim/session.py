@@ -67,10 +67,10 @@ class Session:
     _expected: dict[int, Callable[[], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.setup.batch < 1:
-            raise InputError(f"--batch {self.setup.batch}: expected at least 1")
-        if self.setup.depth < 1:
-            raise InputError(f"--depth {self.setup.depth}: expected at least 1")
+        for option, least in (("batch", 1), ("depth", 1), ("seed", 0)):
+            value = getattr(self.setup, option)
+            if value < least:
+                raise InputError(f"--{option} {value}: expected at least {least}")
         if self.setup.pool not in POOLS:
             raise InputError(f"--pool {self.setup.pool}: expected {' or '.join(POOLS)}")
         self.stored: StoredTrace = open_trace(self.setup.trace)
@@ -79,6 +79,8 @@ class Session:
         if self.setup.sizes:
             self.model = resize(self.model, model_sizes(self.setup.sizes))
         self.scheduler: BatchScheduler = SCHEDULERS.build(self.setup.scheduler)
+        if self.setup.forecaster is not None:
+            FORECASTERS.build(self.setup.forecaster)  # a wrong name must not pass unused
 
     @cached_property
     def training(self) -> Training | None:
@@ -240,6 +242,11 @@ class Session:
         columns: set[str] = set()
         for kind, plugin in (("policy", policy), ("forecaster", forecaster)):
             for need in plugin.needs if plugin is not None else ():
+                if need not in have:
+                    raise InputError(
+                        f"{kind} {plugin.name!r} needs {need!r}, expected any of "  # type: ignore[union-attr]
+                        + ", ".join(have)
+                    )
                 if not have[need]:
                     where = "--train FILE" if need == "training" else self.setup.trace
                     raise InputError(

@@ -43,5 +43,5 @@ def readable(path: Path) -> Path:
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected a file")
     if not path.exists():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file, expected a recording")
     return path
