@@ -128,7 +128,7 @@ def _counters(process: int, recording: Recording) -> Iterator[Event]:
     """Samples at which a counter changes, no later than the last bar if bars are left out."""
     last = float("inf")
     if recording.dropped_spans:
-        last = max(span.end_s for span in recording.spans)
+        last = max((span.end_s for span in recording.spans), default=0.0)
     for name, unit, samples in (
         ("slots", "used", recording.slots_used),
         ("queue", "moves", recording.queue),

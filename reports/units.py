@@ -28,12 +28,17 @@ def duration(seconds: float) -> str:
     if seconds == 0:
         return "0 s"
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if abs(seconds) >= scale:
+        if abs(_rounded(seconds)) >= scale:
             return f"{significant(seconds / scale)} {unit}"
     return f"{significant(seconds * 1e6)} us"
 
 
 def significant(number: float) -> str:
     """Three significant digits, never fewer than the whole number has."""
-    size = abs(number)
+    size = abs(_rounded(number))
     return f"{number:,.{0 if size >= 100 else 1 if size >= 10 else 2}f}"
+
+
+def _rounded(number: float) -> float:
+    """What *number* reads as, so that 99.996 counts as 100."""
+    return float(f"{number:.3g}")
