@@ -256,7 +256,13 @@ def synth(out: Path, sizes: str | None, **said: Any) -> None:
 @click.argument("rest", type=FILE, required=False)
 @click.option("--share", type=click.FloatRange(0, 1), help="Share of the sequences for OUT.")
 @click.option("--sequences", type=click.IntRange(1), help="Instead: the first N sequences.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw by --share.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the draw by --share.",
+)
 def split(
     path: Path, out: Path, rest: Path | None, share: float | None, sequences: int | None, seed: int
 ) -> None:

@@ -63,11 +63,10 @@ def _check_type(path: str, name: str, kind: Any, model: ModelSpec) -> None:
         fits = pa.types.is_string(text) or pa.types.is_large_string(text)
         expected = "strings"
     elif name in ("experts", "weights", *AHEAD):
-        inner = pa.types.is_floating if name == "weights" else pa.types.is_integer
-        fits = _is_list(kind) and inner(kind.value_type)
+        fits = _is_list(kind) and _holds(name, kind.value_type)
         expected = f"lists of {'floats' if name == 'weights' else 'integers'}"
     else:
-        fits = pa.types.is_integer(kind) or (name == "token" and pa.types.is_null(kind))
+        fits = _holds(name, kind) or (name == "token" and pa.types.is_null(kind))
         expected = "integers"
     if not fits:
         raise InputError(f"{path}: column {name!r} holds {kind}, expected {expected}")
@@ -77,6 +76,12 @@ def _check_type(path: str, name: str, kind: Any, model: ModelSpec) -> None:
             f"{path}: column {name!r} holds {fixed} per row, "
             f"expected the model's top_k = {model.top_k}"
         )
+
+
+def _holds(name: str, kind: Any) -> bool:
+    """Whether values of *kind* suit the column; pandas makes floats of integers with gaps."""
+    floats = pa.types.is_floating(kind) and name in ("weights", "token", *AHEAD)
+    return bool(floats or (pa.types.is_integer(kind) and name != "weights"))
 
 
 def _is_list(kind: Any) -> bool:
@@ -188,10 +193,11 @@ def _integers(column: Any, name: str, place: Place) -> npt.NDArray[Any]:
 def _tokens(column: Any, place: Place) -> IntArray:
     if pa.types.is_null(column.type):
         return np.full(len(column), ABSENT, np.int32)
-    values: npt.NDArray[Any] = column.fill_null(ABSENT if _signed(column) else 0).to_numpy(
-        zero_copy_only=False
-    )
     known: BoolArray = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.fill_null(0).to_numpy(zero_copy_only=False)
+    if values.dtype.kind == "f":
+        known &= ~np.isnan(values)
+        values = _whole(np.where(known, values, 0), "token", place)
     bad = known & ((values < 0) | (values > INT32_MAX))
     if bad.any():
         row = int(np.argmax(bad))
@@ -199,8 +205,15 @@ def _tokens(column: Any, place: Place) -> IntArray:
     return np.where(known, values, ABSENT).astype(np.int32, copy=False)
 
 
-def _signed(column: Any) -> bool:
-    return bool(pa.types.is_signed_integer(column.type))
+def _whole(values: npt.NDArray[Any], what: str, place: Place) -> IntArray:
+    """Floats that must be whole numbers, as integers."""
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(np.int64)
+    bad = whole != values
+    if bad.any():
+        row = int(np.argmax(bad.reshape(len(values), -1).any(axis=1)))
+        raise place.error(row, f"{what} {values[bad][0]:g}, expected a whole number")
+    return whole
 
 
 def _phases(column: Any, place: Place) -> BoolArray:
@@ -245,11 +258,13 @@ def _lists(
         row = int(np.flatnonzero(valid)[_first_null(flat) // size])
         raise place.error(row, f"{name} holds a null, expected {size} values")
     values: npt.NDArray[Any] = flat.to_numpy(zero_copy_only=False).reshape(-1, size)
-    if not column.null_count:
-        return values
-    full = np.full((len(column), size), ABSENT, values.dtype)
-    full[valid] = values
-    return full
+    if column.null_count:
+        full = np.full((len(column), size), ABSENT, values.dtype)
+        full[valid] = values
+        values = full
+    if name != "weights" and values.dtype.kind == "f":
+        return _whole(values, f"{name} holds", place)
+    return values
 
 
 def _first_null(column: Any) -> int:

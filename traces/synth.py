@@ -83,7 +83,8 @@ class SynthSettings:
         for name in ("prompt", "decode"):
             low, high = getattr(self, name)
             _within(name, low, 0, high)
-        _within("prompt + decode", self.prompt[0] + self.decode[0], 1, 2**31)
+        most = self.prompt[0] + self.decode[1]
+        _within("least prompt + most decode", most, 1, 2**31)
 
     @property
     def width(self) -> int:

@@ -32,7 +32,8 @@ PROMPT_KEYS = ("prompt_tokens", "prompt_len", "prompt_length", "num_prompt_token
 def import_npy(path: Path, options: SpecOptions) -> Imported:
     """Read one array [tokens, layers, k] as one sequence, all decode."""
     try:
-        array = np.load(readable(path), allow_pickle=False)
+        with readable(path).open("rb") as file:
+            array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: not a readable npy file: {error}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 3 or not array.size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from traces.errors import InputError
+from traces.errors import InputError, first_line
 from traces.importers.base import Imported, checked, readable
 from traces.importers.spec import Found, SpecOptions, resolve
 from traces.trace import TokenSequence
@@ -74,13 +75,14 @@ def _sequences(arrays: Arrays) -> Iterator[TokenSequence]:
 
 def _load(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
                 raise InputError(f"{path}: holds a single array, expected an npz archive")
-            arrays = {name: archive[name] for name in FIELDS if name in archive.files}
             names = archive.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable npz archive: {error}") from None
+            arrays = {name: archive[name] for name in FIELDS if name in names}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a readable npz archive: {first_line(error)}") from None
     if "experts" not in arrays:
         raise InputError(f"{path}: array 'experts' is missing, found {', '.join(names) or 'none'}")
     for name, array in arrays.items():
