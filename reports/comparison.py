@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from policies.result import Result
-from reports.labels import budget_text, model_name, series_labels, sizes_note
+from reports.labels import WORLDS, budget_text, by_setting, model_name, series_labels, sizes_note
 from reports.metrics import (
     belady_missed_ratio,
     below_cycle,
@@ -36,11 +36,14 @@ COLUMNS = (
 NOTES = """\
 held %      accesses whose expert had a slot when the gate asked
 missed/tok  experts that had none, per token; moves/tok counts every copy, prefetches too
-stall ms    per output token, the GPU waiting for a missed expert or a late prefetch
+stall ms    per output token, the GPU waiting for a missed expert or a late prefetch{rough}
 vs lru      tokens per second against LRU with the same budget
 gap         share of the time per token between LRU and Belady that is won; prefetching can
             win more than all of it, since Belady loads on demand
 """
+
+ROUGH = """
+            (by the stalls' share of the whole run, prompts included)"""
 
 
 def compare_table(results: Sequence[Result]) -> str:
@@ -50,16 +53,12 @@ def compare_table(results: Sequence[Result]) -> str:
     """
     if not results:
         return "no results\n"
-    blocks = [_headline(results)]
-    blocks += [_block(group) for group in _groups(results)]
+    blocks = []
+    for alike in by_setting(results):
+        blocks.append(_headline(alike[0]))
+        blocks += [_block(rows) for rows in _by_budget(alike)]
     rough = any(token_time(result).whole_run for result in results)
-    notes = NOTES + (ROUGH if rough else "")
-    return "\n\n".join([*blocks, notes.rstrip("\n")]) + "\n"
-
-
-ROUGH = """\
-            stall ms is laid out by the shares of the whole run, prompts included
-"""
+    return "\n\n".join([*blocks, NOTES.format(rough=ROUGH if rough else "")])
 
 
 @dataclass(frozen=True)
@@ -75,51 +74,28 @@ class _Row:
         return {"lru": 0, "belady": 2}.get(self.result.policy["name"], 1)
 
 
-def _headline(results: Sequence[Result]) -> str:
-    lines = []
-    for result in _one_of_each_setting(results):
-        model = result.model
-        lines.append(
-            f"{result.trace}: {model_name(result)}, {model['layers']} layers x {model['experts']} "
-            f"experts, top-{model['top_k']}, {count(result.tokens)} tokens"
-        )
-        if note := sizes_note(result):
-            lines.append(note)
-        lines.append(
-            f"{result.hardware['name']} ({result.hardware['kind']}), batch {result.batch}, "
-            f"pool: {result.pool}, seed {result.seed}"
-        )
+def _headline(result: Result) -> str:
+    model = result.model
+    lines = [
+        f"{result.trace}: {model_name(result)}, {model['layers']} layers x {model['experts']} "
+        f"experts, top-{model['top_k']}, {count(result.tokens)} tokens"
+    ]
+    if note := sizes_note(result):
+        lines.append(note)
+    lines.append(
+        f"{result.hardware['name']} ({result.hardware['kind']}), "
+        f"{WORLDS.get(result.world, result.world)}, batch {result.batch}, pool: {result.pool}, "
+        f"seed {result.seed}"
+    )
     return "\n".join(lines)
 
 
-def _setting(result: Result) -> tuple[object, ...]:
-    """What two runs must share for their times to be compared."""
-    return (
-        result.trace,
-        result.model["name"],
-        result.model.get("sizes", ""),
-        result.hardware["name"],
-        result.world,
-        result.batch,
-        result.pool,
-        result.seed,
-    )
-
-
-def _one_of_each_setting(results: Iterable[Result]) -> list[Result]:
-    found: dict[object, Result] = {}
-    for result in results:
-        found.setdefault(_setting(result), result)
-    return list(found.values())
-
-
-def _groups(results: Sequence[Result]) -> list[list[_Row]]:
-    """Rows with one budget and setting, budgets rising."""
-    groups: dict[tuple[object, ...], list[_Row]] = {}
+def _by_budget(results: Sequence[Result]) -> list[list[_Row]]:
+    """Rows with one budget, budgets rising."""
+    groups: dict[int, list[_Row]] = {}
     for label, result in zip(series_labels(results), results, strict=True):
-        groups.setdefault((_setting(result), result.slots), []).append(_Row(label, result))
-    by_budget = sorted(groups.values(), key=lambda rows: rows[0].result.slots)
-    return [sorted(rows, key=lambda row: row.rank) for rows in by_budget]
+        groups.setdefault(result.slots, []).append(_Row(label, result))
+    return [sorted(groups[slots], key=lambda row: row.rank) for slots in sorted(groups)]
 
 
 def _block(rows: Sequence[_Row]) -> str:

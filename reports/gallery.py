@@ -21,7 +21,7 @@ from reports.figures.memory import speed_against_memory
 from reports.figures.miss_ratio import miss_ratio_curves
 from reports.figures.prefetch import prefetch_quality
 from reports.figures.token_time import time_per_token
-from reports.labels import labels, series_labels
+from reports.labels import by_setting, labels, series_labels
 from reports.metrics import (
     GIB,
     belady_missed_ratio,
@@ -137,7 +137,7 @@ def _bounds(runs: Runs) -> Chart:
 
 def _miss_ratio(runs: Runs) -> Chart:
     first = runs.results[0]
-    alike = len({(r.trace, r.batch, r.pool) for r in runs.results}) == 1
+    alike = len(by_setting(runs.results)) == 1
     own = _by_series(runs.results, [(r.slots, missed_ratio(r)) for r in runs.results])
     if alike:
         own["belady"] = sorted({(r.slots, belady_missed_ratio(r)) for r in runs.results})
@@ -171,17 +171,20 @@ def _miss_ratio(runs: Runs) -> Chart:
 def _memory(runs: Runs) -> Chart:
     points = [(gpu_bytes(r) / GIB, tokens_per_s(r)) for r in runs.results]
     speed = _by_series(runs.results, points)
-    limit = {gpu_bytes(r) / GIB: limit_tokens_per_s(r) for r in runs.results}
-    limit |= {full_gpu_bytes(r) / GIB: resident_tokens_per_s(r) for r in runs.results}
+    limit = {}
+    if len(by_setting(runs.results)) == 1:
+        limit = {gpu_bytes(r) / GIB: limit_tokens_per_s(r) for r in runs.results}
+        limit |= {full_gpu_bytes(r) / GIB: resident_tokens_per_s(r) for r in runs.results}
     prompts = any(r.time["prefill_s"] > 0 for r in runs.results)
-    caption = (
-        "Tokens per second over the whole run, against all the GPU memory that the run needs. "
-        "The hatched area above the limit is out of reach for exact policies with that memory: "
-        "computing or Belady's moves alone would take longer. It ends at the memory that holds "
-        "every expert; between two budgets that of the larger one is drawn."
-    )
+    caption = "Tokens per second over the whole run, against all the GPU memory that the run needs."
+    if limit:
+        caption += (
+            " The hatched area above the limit is out of reach for exact policies with that "
+            "memory: computing or Belady's moves alone would take longer. It ends at the memory "
+            "that holds every expert; between two budgets that of the larger one is drawn."
+        )
     if prompts:
-        caption += " The tokens of prompts are counted in, as the limit covers the whole run."
+        caption += " The tokens of prompts are counted in, since the whole run is timed."
     figure = speed_against_memory(speed, sorted(limit.items()), prompts=prompts)
     return Chart("memory", "Speed against GPU memory", caption, figure)
 

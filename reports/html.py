@@ -18,9 +18,8 @@ from policies.result import Result
 from reports.figures.style import to_bytes
 from reports.files import write_folder
 from reports.gallery import Chart, Curves, charts
-from reports.labels import budget_text, labels, model_name, policy_label, sizes_note
+from reports.labels import WORLDS, budget_text, labels, model_name, policy_label, sizes_note
 from reports.metrics import below_cycle, token_cycle, token_time
-from reports.summary import WORLDS
 from reports.table import GLANCE, sections
 from reports.units import count
 from traces.errors import InputError

@@ -36,6 +36,21 @@ def sizes_note(result: Result) -> str:
     return f"routing recorded from {model_name(result)}, sizes of one layer taken from {sizes}"
 
 
+#: How a world is named to a reader.
+WORLDS = {"sim": "simulated", "runtime": "measured on the GPU"}
+
+
+def by_setting(results: Sequence[Result]) -> list[list[Result]]:
+    """Runs together whose times can be compared: they differ in policy and budget alone."""
+    groups: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        model = (result.model["name"], result.model.get("sizes", ""))
+        machine = (result.hardware["name"], result.world)
+        run = (result.trace, result.batch, result.pool, result.seed)
+        groups.setdefault((*run, *model, *machine), []).append(result)
+    return list(groups.values())
+
+
 def labels(results: Sequence[Result]) -> list[str]:
     """One label per run: its policy and budget, and else only what differs between them."""
     found = [", ".join(words) for words in zip(*_columns(results), strict=True)]

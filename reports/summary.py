@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from policies.result import CAUSES, Result
 from reports.comparison import compare_table
-from reports.labels import budget_text, model_name, policy_label, sizes_note
+from reports.labels import WORLDS, budget_text, model_name, policy_label, sizes_note
 from reports.metrics import (
     TokenTime,
     below_cycle,
@@ -98,10 +98,6 @@ def _setting(result: Result) -> list[str]:
     if warning := cliff_warning(result):
         lines.append(warning)
     return lines
-
-
-#: How a world is named to a reader.
-WORLDS = {"sim": "simulated", "runtime": "measured on the GPU"}
 
 
 def _cache(result: Result) -> list[str]:

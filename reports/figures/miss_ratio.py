@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reports.che import lru_miss_ratio
 from reports.figures.style import (
     FAINT,
-    INK,
     legend_right,
     line_style,
     lines_height,
@@ -25,6 +23,7 @@ from reports.figures.style import (
 #: The label that is drawn as the bound, and what the legend calls it.
 BELADY = "belady"
 BOUND = "Belady (knows the future)"
+CYCLE = "the experts of one token"
 THEORY = "LRU in theory (Che), independent accesses"
 
 _BOUND_STYLE: dict[str, Any] = {"color": "black", "linewidth": 2.2, "marker": "*", "markersize": 9}
@@ -53,31 +52,31 @@ def miss_ratio_curves(
     marks = runs or {}
     names = list(dict.fromkeys([*marks, *curves]))
     names.sort(key=lambda name: name == BELADY)
-    figure = new_figure(lines_height([*names, BOUND, THEORY]))
+    figure = new_figure(lines_height([*names, BOUND, THEORY, CYCLE]))
     axes = figure.add_subplot()
     for index, name in enumerate(names):
         style = _BOUND_STYLE if name == BELADY else line_style(index)
-        line, points = _percent(curves.get(name, ()), total), _percent(marks.get(name, ()), total)
-        if name in curves and name in marks:
-            axes.plot(*points, **{**style, "linestyle": ""})
-        bare: dict[str, Any] = {"markevery": []} if len(curves.get(name, ())) > 1 else {}
+        points = marks.get(name, ())
+        if name in curves and points:
+            axes.plot(*_percent(points, total), **{**style, "linestyle": ""})
+        # The runs' own budgets bend the line too, or it would cut the corner at LRU's cliff.
+        line = list({**dict(points), **dict(curves.get(name, ()))}.items())
+        bare: dict[str, Any] = {"markevery": []} if name in curves and len(line) > 1 else {}
         label = BOUND if name == BELADY else name
-        axes.plot(*(line if name in curves else points), label=label, **(style | bare))
+        axes.plot(*_percent(line, total), label=label, **(style | bare))
     if popularity is not None and popularity.any():
         theory = [(s, lru_miss_ratio(popularity, s)) for s in _sizes(total)]
         axes.plot(*_percent(theory, total), color=FAINT, ls=":", lw=2.2, label=THEORY)
-    _dress(axes, 100 * cycle / total if cycle is not None and cycle < total else None)
-    legend_right(figure, axes)
-    return figure
-
-
-def _dress(axes: Axes, cycle: float | None) -> None:
+    if cycle is not None and cycle < total:
+        axes.axvline(
+            100 * cycle / total, color=FAINT, lw=1.2, ls=(0, (4, 3)), zorder=1, label=CYCLE
+        )
     percent_axis(axes, "x")
     percent_axis(axes, "y")
-    if cycle is not None:
-        _mark_cycle(axes, cycle)
     axes.set_xlabel("slots (% of all experts)")
     axes.set_ylabel("accesses missed (%)")
+    legend_right(figure, axes)
+    return figure
 
 
 def _percent(points: Points, total: int) -> tuple[list[float], list[float]]:
@@ -87,12 +86,3 @@ def _percent(points: Points, total: int) -> tuple[list[float], list[float]]:
 
 def _sizes(total: int) -> list[int]:
     return sorted({int(s) for s in np.linspace(1, total, THEORY_POINTS).round()})
-
-
-def _mark_cycle(axes: Axes, share: float) -> None:
-    """A line at the size below which LRU finds nothing again, named along its foot."""
-    axes.axvline(share, color=FAINT, lw=1, ls=(0, (3, 3)), zorder=1)
-    axes.annotate(
-        "one token's experts", (share, 0), xytext=(4, 6), textcoords="offset points",
-        rotation=90, fontsize=8.5, color=INK, va="bottom", zorder=1,
-    )  # fmt: skip

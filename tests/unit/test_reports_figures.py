@@ -133,7 +133,7 @@ def test_marks_of_runs_lie_on_their_curve():
     )
     drawn = [(list(ln.get_xdata()), list(ln.get_ydata())) for ln in figure.axes[0].lines]
     assert ([37.5], [45.0]) in drawn
-    assert ([25.0, 50.0], [60.0, 30.0]) in drawn
+    assert ([25.0, 37.5, 50.0], [60.0, 45.0, 30.0]) in drawn
     assert len(figure.legends[0].get_texts()) == 2
 
 
@@ -275,3 +275,11 @@ def test_gallery_draws_no_single_curve_for_different_models():
     other = {**fake_result().model, "layers": 9}
     found = charts([fake_result(), fake_result(model=other)])
     assert "miss-ratio" not in [chart.name for chart in found]
+
+
+def test_no_limit_is_drawn_over_different_settings():
+    runs = [fake_result(), fake_result(batch=4)]
+    memory = next(chart for chart in charts(runs) if chart.name == "memory")
+    assert "limit" not in memory.caption
+    assert len(memory.figure.axes[0].lines) == 2
+    assert not memory.figure.axes[0].collections

@@ -174,3 +174,13 @@ def test_runs_of_one_curve_share_a_label():
 def test_text_needs_no_matplotlib():
     code = "import sys, reports.summary; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_settings_have_tables_of_their_own():
+    other = [fake_result(n, trace="other.parquet", batch=4) for n in ("lru", "belady")]
+    table = compare_table([*RUNS, *other])
+    first, second = table.split("other.parquet: tiny")
+    assert "predictive" in first
+    assert "predictive" not in second
+    assert "  lru  " in second
+    assert "batch 4" in second
