@@ -1,8 +1,8 @@
 """From sequences to steps: which tokens run together, and what each layer then demands.
 
 The rule (both worlds): sequences are taken *batch* at a time, in file order unless a scheduler
-arranges them. All prompts of a batch are prefilled in one step; decode step j takes every live sequence's j-th decode token;
-the next sequences start when the batch is empty.
+arranges them. All prompts of a batch are prefilled in one step; decode step j takes every live
+sequence's j-th decode token; the next sequences start when the batch is empty.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from policies.scheduling import BatchScheduler, FileOrder
 from policies.routing import DECODE, PREFILL, Step
+from policies.scheduling import BatchScheduler, FileOrder
 from traces.trace import FloatArray, IntArray, TokenSequence, Trace
 
 #: Accesses that one block may hold: bounds the memory of a run, not its result.

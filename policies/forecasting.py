@@ -18,17 +18,18 @@ def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float
     *scores* lists the chances of all *experts* of consecutive layers from *first_layer* on,
     one layer after the other; the first is one event ahead.
     """
-    named = np.flatnonzero(scores >= floor)
-    best: list[list[tuple[float, int]]] = [[] for _ in range(len(scores) // experts)]
+    named = (scores >= floor).nonzero()[0]
+    chances = scores[named]
+    order = (-chances).argsort(kind="stable")
     base = first_layer * experts
-    for index, chance in zip(named.tolist(), scores[named].tolist(), strict=True):
-        best[index // experts].append((-chance, index + base))
-    forecast = []
-    for ahead, layer in enumerate(best, start=1):
-        if layer:
-            layer.sort()
-            forecast.append(Prediction(ahead, [e for _, e in layer], [-c for c, _ in layer]))
-    return forecast
+    best: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(scores) // experts)]
+    for index, chance in zip(named[order].tolist(), chances[order].tolist(), strict=True):
+        ids, values = best[index // experts]
+        ids.append(index + base)
+        values.append(chance)
+    return [
+        Prediction(ahead, ids, values) for ahead, (ids, values) in enumerate(best, start=1) if ids
+    ]
 
 
 def any_of(chances: FloatArray) -> FloatArray:

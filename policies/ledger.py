@@ -22,7 +22,12 @@ class ExpertCache:
     """
 
     def __init__(
-        self, context: Context, *, full_slots: int | None = None, low_slots: int = 0, policy: str = "?"
+        self,
+        context: Context,
+        *,
+        full_slots: int | None = None,
+        low_slots: int = 0,
+        policy: str = "?",
     ) -> None:
         self.context = context
         self.policy = policy
@@ -88,10 +93,10 @@ class ExpertCache:
         pinned = self.pinned
         patience = self._patience
         for victim in victims:
-            if victim in slot_of and victim not in pinned:
-                if not self._split or self.pool_of(victim) == pool:
-                    slot = slot_of[copy] = slot_of.pop(victim)
-                    return slot, victim
+            fits = victim in slot_of and victim not in pinned
+            if fits and (not self._split or self.pool_of(victim) == pool):
+                slot = slot_of[copy] = slot_of.pop(victim)
+                return slot, victim
             patience -= 1
             if patience < 0:
                 raise self._refusal(victim, "is one of endless victims that cannot go")

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from traces.errors import InputError, first_line
 #: Functions in which a plug-in's answer is taken apart -> the hook that gave it.
 _ASKERS = {
     "place": "victims",
+    "_place": "victims",
     "_prefetch": "prefetch or plan_step",
     "_serve": "serve",
     "_check_service": "serve",
@@ -111,6 +113,7 @@ class Planner:
 
     def begin(self, step: Step) -> Sequence[Move]:
         """The prefetches a policy wants before the step's first layer."""
+        self.cache.event = step.number * self.context.layers
         self.cache.event = step.number * self.context.layers
         forecast = self.forecaster.on_step(step) if self.forecaster else ()
         wanted = self.policy.plan_step(step, forecast)
@@ -245,6 +248,7 @@ class Planner:
             return None
         slot, victim = placed
         if victim >= 0:
+            victim = index(victim)
             self._on_evict(victim)
             if victim in self._waiting:
                 self._waiting.discard(victim)

@@ -52,8 +52,8 @@ class Budget:
         memory = parse_bytes(str(self.gpu_memory), "--gpu-memory")
         if memory > profile.gpu.memory_bytes:
             raise InputError(
-                f"--gpu-memory {self.gpu_memory}: more than the {profile.gpu.memory_bytes / 2**30:.1f}"
-                f" GiB of {profile.gpu.name}"
+                f"--gpu-memory {self.gpu_memory}: more than the "
+                f"{profile.gpu.memory_bytes / 2**30:.1f} GiB of {profile.gpu.name}"
             )
         fixed = model.dense_bytes + kv_tokens * model.kv_bytes_per_token
         least = fixed + model.top_k * model.expert_bytes
@@ -71,7 +71,7 @@ def _check(slots: int, model: ModelSpec, option: str) -> int:
         raise InputError(f"{option}: is {slots} slots, expected at least top_k = {model.top_k}")
     if slots > model.total_experts:
         raise InputError(
-            f"{option}: is {slots} slots, expected at most the model's {model.total_experts} experts"
+            f"{option}: is {slots} slots, expected at most all {model.total_experts} experts"
         )
     return slots
 

@@ -54,6 +54,8 @@ class Link:
         The queue lets them overtake, and their event waits for them, so their landing times
         are final. Each takes the host *issue_s*; returns when it is free again.
         """
+        if self._queue:
+            self.advance(now_s)
         for move in moves:
             if self.pending:
                 self._drop(move.victim)

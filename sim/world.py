@@ -16,10 +16,11 @@ import simpy
 from policies.base import Service, Substitute
 from policies.moves import Move
 from policies.planner import NOTHING, Plan, Planner, blame
-from policies.recording import Recording, StepRow
+from policies.recording import Recording
 from policies.routing import DECODE, Routing, Step
 from sim.costs import Costs
 from sim.link import Link
+from sim.observer import Observer
 
 
 class World:
@@ -48,17 +49,13 @@ class World:
             costs.idle_copy_s,
             depth,
         )
-        self.recording = recording
-        self._spans = recording is not None and recording.with_spans
-        if self._spans:
-            self.link.on_copy = self._record_copy
+        self._observer = Observer(self, recording) if recording is not None else None
         self.host_free_s = self.gpu_free_s = self.cpu_free_s = 0.0
         self.bound_host_s = self.bound_gpu_s = 0.0
         self.attention_s = self.experts_s = self.host_s = 0.0
         self.stall_demand_s = self.stall_late_s = self.idle_s = 0.0
         self.steps = self.events = self.accesses = self.late = 0
-        self.decode_tokens = self.prefill_tokens = self.prefill_steps = 0
-        self.peak_kv_tokens = 0
+        self.decode_tokens = self.prefill_tokens = 0
         #: Duration and tokens of every decode step, in order.
         self.decode_step_s = array("d")
         self.decode_step_tokens = array("q")
@@ -90,15 +87,16 @@ class World:
             self._error = error
 
     def _forward(self, steps: Iterable[Step]) -> Generator[simpy.Event, None, None]:
+        observer = self._observer
         for step in steps:
             started = self.gpu_free_s
-            began = self._tallies() if self.recording else ()
-            row = self.recording.begin(step, started) if self.recording else None
+            if observer is not None:
+                observer.begin(step)
             self._begin(step)
-            yield from self._layers(step, row)
+            yield from self._layers(step)
             self._end(step, started)
-            if row is not None:
-                self._record_step(row, began)
+            if observer is not None:
+                observer.end()
 
     def _begin(self, step: Step) -> None:
         moves = self.planner.begin(step)
@@ -107,35 +105,28 @@ class World:
             issue = self.costs.copy_issue_s
             self.host_free_s = self.link.prefetch(moves, self.host_free_s, issue)
 
-    def _layers(self, step: Step, row: StepRow | None) -> Generator[simpy.Event, None, None]:
+    def _layers(self, step: Step) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap."""
         env, costs, pending, plan_event = self.env, self.costs, self.link.pending, self.planner.plan
-        attention = costs.attention_s(step.size, step.kv_tokens)
-        issue_gate, answer, thinking = costs.issue_gate_s, costs.sync_s, costs.event_s
-        one = costs.expert_s(1) if step.size == 1 else None
-        group_s = costs.group_s
+        attention, group_s, thinking = self._attention(step), costs.group_s, costs.event_s
+        one = costs.expert_s(1) if step.size == 1 else 0.0
         ideal: list[tuple[float, float]] = []
         event = self.events
         for layer, experts in enumerate(step.demand):
             gate = self.gpu_free_s + attention
-            launched = self.host_free_s + issue_gate
+            launched = self.host_free_s + costs.issue_gate_s
             if launched > gate:
                 self.host_s += launched - gate
                 gate = launched
-            decide = gate + answer
+            decide = gate + costs.sync_s
             yield env.timeout(decide - env.now)
 
             routing = Routing(step, layer, experts, event)
             plan = plan_event(routing)
             event += 1
-            count = len(experts)
-            if one is None:
-                seconds = dict(zip(experts, map(costs.expert_s, routing.counts), strict=True))
-                work = sum(seconds.values())
-            else:
-                seconds = None
-                work = count * one
-            least, issued = group_s[count]
+            seconds = None if one else self._seconds(routing)
+            work = len(experts) * one if seconds is None else sum(seconds.values())
+            least, issued = group_s[len(experts)]
             work = work if work > least else least
             busy = work if work > issued else issued
             ideal.append((issued, busy))
@@ -143,18 +134,27 @@ class World:
                 start = decide + thinking
                 self.experts_s += work
                 self.host_s += start - gate + busy - work
-                self.host_free_s = start + issued
-                self.gpu_free_s = start + busy
-                if row is not None:
-                    self._span("GPU", "experts", start, start + work)
+                self.host_free_s, self.gpu_free_s = start + issued, start + busy
+                if self._observer is not None:
+                    self._observer.span("GPU", "experts", start, start + work)
             else:
                 self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
-            if row is not None:
-                self._record_event(row, routing, plan, (gate - attention, gate))
-        self.accesses += sum(map(len, step.demand))
+            if self._observer is not None:
+                self._observer.event(routing, plan, (gate - attention, gate))
         self.events = event
-        self.attention_s += attention * len(step.demand)
+        self.accesses += sum(map(len, step.demand))
         self._bound(attention, ideal)
+
+    def _attention(self, step: Step) -> float:
+        """GPU seconds of a layer before its gate has answered; books all layers of the step."""
+        attention = self.costs.attention_s(step.size, step.kv_tokens)
+        self.attention_s += attention * len(step.demand)
+        return attention
+
+    def _seconds(self, routing: Routing) -> dict[int, float]:
+        """GPU seconds of each expert of an event with several tokens."""
+        work = map(self.costs.expert_s, routing.counts)
+        return dict(zip(routing.experts, work, strict=True))
 
     def _bound(self, attention: float, ideal: list[tuple[float, float]]) -> None:
         """The same step with everything resident: what ``compute_s`` adds up."""
@@ -166,9 +166,7 @@ class World:
             gpu = start + busy + attention
         self.bound_host_s, self.bound_gpu_s = host - self.costs.issue_gate_s, gpu - attention
 
-    def _serve(
-        self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]
-    ) -> None:
+    def _serve(self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]) -> None:
         """An event that waits for copies or makes some."""
         link, costs = self.link, self.costs
         decide = self.env.now
@@ -207,10 +205,8 @@ class World:
         for move, _ in late:
             self.link.want(move, now)
         self.late += len(late)
-        if late and self.recording is not None:
-            experts = [move.copy % self.planner.context.total for move, _ in late]
-            self.recording.late[experts] += 1
-            self.recording.steps[-1].late += len(late)
+        if late and self._observer is not None:
+            self._observer.late([move for move, _ in late])
         return sorted(late, key=_landing)
 
     def _compute(
@@ -223,16 +219,17 @@ class World:
         if begin > now:
             self.host_s += begin - now
             now = begin
-        if self._spans:
-            self._span("GPU", "experts", now, now + ready)
+        watch = self._observer
+        if watch is not None:
+            watch.span("GPU", "experts", now, now + ready)
         now += ready
         worked = ready
         least = self.costs.least_alone_s
         for move, seconds in arriving:
             wait = move.land_s - now
             if wait > 0:
-                if self._spans:
-                    self._span("GPU", f"stall {self._name(move.copy)}", now, move.land_s)
+                if watch is not None:
+                    watch.on_copy("GPU", "stall", move.copy, now, move.land_s)
                 now = move.land_s
                 if move.demand:
                     self.stall_demand_s += wait
@@ -240,8 +237,8 @@ class World:
                     self.stall_late_s += wait
             if seconds < least:
                 seconds = least
-            if self._spans:
-                self._span("GPU", f"expert {self._name(move.copy)}", now, now + seconds)
+            if watch is not None:
+                watch.on_copy("GPU", "expert", move.copy, now, now + seconds)
             worked += seconds
             now += seconds
         self.experts_s += worked
@@ -264,7 +261,8 @@ class World:
             elif service is Service.CPU:
                 begin = max(self.cpu_free_s, self.env.now)
                 self.cpu_free_s = begin + self.costs.cpu_expert_s(tokens[expert])
-                self._span("CPU", self._name(expert), begin, self.cpu_free_s)
+                if self._observer is not None:
+                    self._observer.on_copy("CPU", "expert", expert, begin, self.cpu_free_s)
         return seconds
 
     def _end(self, step: Step, started: float) -> None:
@@ -275,7 +273,6 @@ class World:
         bound = max(self.bound_gpu_s, self.bound_host_s) + self.costs.step_s
         self.bound_gpu_s = self.bound_host_s = bound
         self.steps += 1
-        self.peak_kv_tokens = max(self.peak_kv_tokens, step.kv_tokens)
         if step.phase == DECODE:
             self.decode_tokens += step.size
             self.decode_step_s.append(done - started)
@@ -283,62 +280,6 @@ class World:
         else:
             self.prefill_tokens += step.size
             self.prefill_s += done - started
-
-    def _span(self, lane: str, name: str, start_s: float, end_s: float) -> None:
-        if self._spans and self.recording is not None:
-            self.recording.span(lane, name, start_s, end_s)
-
-    def _name(self, copy: int) -> str:
-        return self.planner.context.name(copy)
-
-    def _record_copy(self, move: Move, start_s: float, end_s: float) -> None:
-        cause = "demand" if move.demand else "prefetch"
-        self._span("H2D", f"{cause} {self._name(move.copy)}", start_s, end_s)
-
-    def _record_event(
-        self, row: StepRow, routing: Routing, plan: Plan, attention: tuple[float, float]
-    ) -> None:
-        recording = self.recording
-        assert recording is not None
-        recording.uses[routing.experts] += 1
-        if plan.missed:
-            recording.missed[plan.missed] += 1
-        row.accesses += len(routing.experts)
-        row.missed += len(plan.missed)
-        if self._spans:
-            decide = self.env.now
-            self._span("GPU", f"attention {routing.layer}", *attention)
-            self._span("D2H", f"gate {routing.layer}", attention[1], decide)
-            self._span("host", f"plan and launch {routing.layer}", decide, self.host_free_s)
-            recording.queue.append((decide, len(self.link)))
-            recording.slots_used.append((decide, len(self.planner.cache)))
-
-    def _tallies(self) -> tuple[float, ...]:
-        """What a step's row reports the growth of."""
-        return (
-            self.attention_s,
-            self.experts_s,
-            self.host_s,
-            self.stall_demand_s,
-            self.stall_late_s,
-            self.idle_s,
-            self.link.demand_bytes,
-            self.link.prefetch_bytes,
-            self.link.busy_s,
-        )
-
-    def _record_step(self, row: StepRow, began: tuple[float, ...]) -> None:
-        recording = self.recording
-        assert recording is not None
-        grown = [after - before for after, before in zip(self._tallies(), began, strict=True)]
-        row.end_s = self.gpu_free_s
-        row.attention_s, row.experts_s, row.host_s = grown[:3]
-        row.stall_demand_s, row.stall_late_s, row.idle_s = grown[3:6]
-        row.demand_bytes, row.prefetch_bytes = int(grown[6]), int(grown[7])
-        row.link_busy_s = grown[8]
-        row.queue_moves = len(self.link)
-        total = self.planner.context.total
-        recording.held_steps[[copy % total for copy in self.planner.cache.slot_of]] += 1
 
 
 def _landing(arrival: tuple[Move, float]) -> float:

@@ -119,9 +119,7 @@ class Mixed(Policy):
         levels[:, 0] = HIGH
         return levels
 
-    def serve(
-        self, routing: Routing, missed: Sequence[int]
-    ) -> Mapping[int, Service | Substitute]:
+    def serve(self, routing: Routing, missed: Sequence[int]) -> Mapping[int, Service | Substitute]:
         services = {LOW: Service.LOW, SKIP: Service.SKIP}
         asked = self._asked
         return {e: services[asked[e]] for e in missed if asked[e] != HIGH}

@@ -55,17 +55,20 @@ class Predictive(Policy):
         """Correct: what was foreseen for this event and is wrong goes first."""
         self._now = event = routing.event
         self._lag_s = max(0.0, self._lag_s - self._layer_s)
-        experts = routing.experts
-        for expert in experts:
-            if self._fetched.pop(expert, None) is not None:
-                self._kept += 1.0
-        self._missing += 0.02 * ((not self._held.issuperset(experts)) - self._missing)
+        experts, due, fetched = routing.experts, self._due, self._fetched
+        if fetched:
+            for expert in experts:
+                if expert in fetched:
+                    del fetched[expert]
+                    self._kept += 1.0
+        missing = not self._held.issuperset(experts)
+        self._missing += 0.02 * (missing - self._missing)
         for expert in self._named.pop(event, ()):
-            if self._due.get(expert) == event:
-                del self._due[expert]
-            if self._fetched.get(expert) == event:
-                del self._fetched[expert]
-                self._recency.first(expert)
+            if due.get(expert) == event:
+                del due[expert]
+                if fetched.get(expert) == event:
+                    del fetched[expert]
+                    self._recency.first(expert)
         self._recency.touch(experts)
 
     def on_load(self, copy: int) -> None:

@@ -27,7 +27,9 @@ class Ahead(Forecaster):
     needs: ClassVar[tuple[str, ...]] = ("ahead",)
 
     width: float = parameter(1.5, "experts named per layer and token, in top_k", low=1, high=16)
-    prior: float = parameter(0.8, "chance of the first rank before anything is counted", low=0, high=1)
+    prior: float = parameter(
+        0.8, "chance of the first rank before anything is counted", low=0, high=1
+    )
 
     def reset(self, context: Context) -> None:
         self._context = context
@@ -70,7 +72,8 @@ class Ahead(Forecaster):
             return Prediction(distance, (guess[0] + base).tolist(), worth.tolist())
         none = np.zeros(self._context.experts)
         known = guess >= 0
-        np.add.at(none, guess[known], np.log1p(-np.minimum(np.broadcast_to(worth, guess.shape)[known], 0.999)))
+        chances = np.minimum(np.broadcast_to(worth, guess.shape)[known], 0.999)
+        np.add.at(none, guess[known], np.log1p(-chances))
         best = np.argsort(none, kind="stable")
         best = best[none[best] < 0]
         return Prediction(distance, (best + base).tolist(), (1 - np.exp(none[best])).tolist())

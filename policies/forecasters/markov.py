@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ class Markov(Forecaster):
         self._along = Table(context.total, context.experts, start)
         self._base = np.arange(context.layers)[:, None] * context.experts
         self._step: Step | None = None
-        self._routes: list[IntArray] = []
+        self._routes: list[IntArray | Sequence[int]] = []
         self._last: dict[int, IntArray] = {}
         self._previous: FloatArray | None = None
 
@@ -75,17 +76,19 @@ class Markov(Forecaster):
         return predictions(previous, 0, self._context.experts, self.floor)
 
     def on_route(self, routing: Routing) -> Forecast:
-        chosen = routing.token_experts
-        self._routes.append(chosen)
         layer, experts = routing.layer + 1, self._context.experts
+        size = routing.step.size
+        single = size == 1
+        chosen = routing.experts if single else routing.token_experts + (layer - 1) * experts
+        self._routes.append(chosen)
         ahead = min(self.horizon, self._context.layers - layer)
-        if len(chosen) > MAX_TOKENS or ahead == 0:
+        if size > MAX_TOKENS or ahead == 0:
             return ()
-        if len(chosen) == 1:
-            scores = np.add.reduce(self._across.shares[routing.experts])
-            scores *= 1.0 / len(routing.experts)
+        if single:
+            scores = np.add.reduce(self._across.shares[chosen])
+            scores *= 1.0 / len(chosen)
         else:
-            scores = any_of(self._across.shares[chosen + (layer - 1) * experts].mean(axis=1))
+            scores = any_of(self._across.shares[chosen].mean(axis=1))
         if self._previous is not None:
             scores *= 1.0 - self.blend
             scores += self._previous[layer * experts : layer * experts + self._reach]
@@ -96,15 +99,16 @@ class Markov(Forecaster):
         step, layers, experts = self._step, self._context.layers, self._context.experts
         if step is None or len(self._routes) != layers:
             return
-        routes = np.stack(self._routes, axis=1).astype(np.int64)
+        taken = np.array(self._routes, dtype=np.int64)
+        routes = taken[None] if step.size == 1 else taken.transpose(1, 0, 2)
         for route in routes[-MAX_TOKENS:]:
             for d in range(1, min(self.horizon, layers - 1) + 1):
-                self._across.learn((route + self._base)[:-d], route[d:] + (d - 1) * experts)
+                self._across.learn(route[:-d], (route - self._base)[d:] + (d - 1) * experts)
         sequences, rows = last_rows(step)
         alive: dict[int, IntArray] = {}
         for sequence, row in zip(sequences.tolist(), rows.tolist(), strict=True):
             before = self._last.get(sequence)
             if before is not None and step.phase == "decode":
-                self._along.learn(before, routes[row])
-            alive[sequence] = routes[row] + self._base
+                self._along.learn(before, routes[row] - self._base)
+            alive[sequence] = routes[row]
         self._last = alive

@@ -49,7 +49,8 @@ class Token(Forecaster):
         """Chance of each expert given *token*."""
         table = self._tables.get(token)
         if table is None:
-            return self._popular
+            popular: FloatArray = self._popular
+            return popular
         seen = table[: self._context.experts].sum() / self._context.top_k
         chance: FloatArray = (table + self.prior * self._popular) / (seen + self.prior)
         return chance
