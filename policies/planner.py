@@ -114,7 +114,6 @@ class Planner:
     def begin(self, step: Step) -> Sequence[Move]:
         """The prefetches a policy wants before the step's first layer."""
         self.cache.event = step.number * self.context.layers
-        self.cache.event = step.number * self.context.layers
         forecast = self.forecaster.on_step(step) if self.forecaster else ()
         wanted = self.policy.plan_step(step, forecast)
         if not wanted:

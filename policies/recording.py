@@ -15,7 +15,11 @@ MAX_SPANS = 400_000
 
 @dataclass
 class StepRow:
-    """One step as it ran. Seconds are spans of the GPU's time, bytes went to the GPU."""
+    """One step as it ran.
+
+    Seconds are spans of the GPU's time, bytes went to the GPU; *queue_moves* is the longest
+    the software queue of the link has been after an event.
+    """
 
     number: int
     phase: str

@@ -69,6 +69,9 @@ class Result:
     bounds: dict[str, float]
     decisions_sha256: str
     quality: dict[str, float] | None = None
+    scheduler: str = "none"
+    depth: int = 2
+    train: str = ""
     schema: str = SCHEMA
 
     @property

@@ -117,5 +117,5 @@ class Routing:
         weights = self.token_weights
         chosen = self.token_experts == expert_id
         if weights is None:
-            return float(np.count_nonzero(chosen)) / chosen.shape[1]
+            return float(np.count_nonzero(chosen) / chosen.shape[1])
         return float(np.asarray(weights, dtype=np.float64)[chosen].sum())

@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 #: Budgets of a miss-ratio curve, as shares of the experts, and the steps replayed for it.
-CURVE_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+CURVE_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
 CURVE_STEPS = 4000
 
 #: Policies of a comparison in which none is named.
@@ -98,17 +98,16 @@ def run(
         result, recording = session.run(
             policy, budget, record=bool(report), spans=bool(timeline), watch=_bar(session, policy)
         )
-    if json_path != "-":
-        click.echo(run_summary(result))
-    if json_path:
-        _write_json(json_path, result.to_json())
+    written = []
     if timeline and recording is not None:
         from reports.timeline import write_timeline
 
         write_timeline(Path(timeline), recording, result)
-        click.echo(f"timeline: {timeline} (open it in ui.perfetto.dev)", err=json_path == "-")
+        written.append(f"timeline: {timeline} (open it in ui.perfetto.dev)")
     if report:
-        _report(session, report, [result], {0: recording} if recording else {}, json_path == "-")
+        page = _report(session, report, [result], {0: recording} if recording else {})
+        written.append(f"report: {page}")
+    _tell(json_path, result.to_json(), run_summary(result), written)
 
 
 @click.command()
@@ -159,13 +158,9 @@ def compare(
         if recording is not None:
             recordings[len(results)] = recording
         results.append(result)
-    if json_path != "-":
-        click.echo(compare_table(results))
-    if json_path:
-        text = json.dumps({"results": [r.to_dict() for r in results]}, indent=1, allow_nan=False)
-        _write_json(json_path, text + "\n")
-    if report:
-        _report(session, report, results, recordings, json_path == "-")
+    written = [f"report: {_report(session, report, results, recordings)}"] if report else []
+    data = json.dumps({"results": [r.to_dict() for r in results]}, indent=1, allow_nan=False)
+    _tell(json_path, data + "\n", compare_table(results), written)
 
 
 @click.command()
@@ -233,11 +228,13 @@ def _check_outputs(json_path: str | None, timeline: str | None, report: str | No
         check_writable(Path(report), report)
 
 
-def _write_json(path: str, text: str) -> None:
-    if path == "-":
-        click.echo(text, nl=False)
-    else:
-        write_file(Path(path), lambda file: file.write(text.encode()))
+def _tell(json_path: str | None, data: str, text: str, written: list[str]) -> None:
+    """Write *data* where it was asked for; say the rest, not into the JSON on standard output."""
+    if json_path and json_path != "-":
+        write_file(Path(json_path), lambda file: file.write(data.encode()))
+    click.echo(data if json_path == "-" else text, nl=json_path != "-")
+    for line in written:
+        click.echo(line, err=json_path == "-")
 
 
 def _report(
@@ -245,14 +242,11 @@ def _report(
     directory: str,
     results: list[Result],
     recordings: dict[int, Recording],
-    quiet: bool,
-) -> None:
+) -> Path:
     from reports.html import write_report
 
-    page = write_report(
-        Path(directory), results, recordings, _curves(session, results), command=_command_line()
-    )
-    click.echo(f"report: {page}", err=quiet)
+    curves = _curves(session, results)
+    return write_report(Path(directory), results, recordings, curves, command=_command_line())
 
 
 def _curves(session: Session, results: list[Result]) -> dict[str, list[tuple[int, float]]]:

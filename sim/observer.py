@@ -45,16 +45,19 @@ class Observer:
         """An event has been served; *attention* says when its first part computed."""
         recording, world = self.recording, self._world
         recording.uses[routing.experts] += 1
+        row = self._row
+        row.queue_moves = max(row.queue_moves, len(world.link))
         if plan.missed:
             recording.missed[plan.missed] += 1
-            self._row.missed += len(plan.missed)
+            row.missed += len(plan.missed)
         if recording.with_spans:
             decide = world.env.now
             self.span("GPU", f"attention {routing.layer}", *attention)
             self.span("D2H", f"gate {routing.layer}", attention[1], decide)
             self.span("host", f"plan and launch {routing.layer}", decide, world.host_free_s)
-            recording.queue.append((decide, len(world.link)))
-            recording.slots_used.append((decide, len(world.planner.cache)))
+            if not recording.dropped_spans:
+                recording.queue.append((decide, len(world.link)))
+                recording.slots_used.append((decide, len(world.planner.cache)))
 
     def late(self, moves: list[Move]) -> None:
         """These prefetches had not landed when the gate asked."""
@@ -70,7 +73,6 @@ class Observer:
         row.demand_bytes, row.prefetch_bytes = int(grown[-3]), int(grown[-2])
         row.link_busy_s = grown[-1]
         row.end_s = world.gpu_free_s
-        row.queue_moves = len(world.link)
         total = world.planner.context.total
         recording.held_steps[[copy % total for copy in world.planner.cache.slot_of]] += 1
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from policies.planner import Planner
 from policies.registry import values_of
-from policies.result import Result
+from policies.result import CAUSES, Result
 from sim.world import World
 
 if TYPE_CHECKING:
@@ -46,14 +46,7 @@ def result_of(session: Session, world: World, belady_missed: int) -> Result:
         bytes=_bytes(world, moves),
         prefetch=_prefetch(world, moves),
         time=_time(world),
-        breakdown_s={
-            "attention": world.attention_s,
-            "experts": world.experts_s,
-            "host": world.host_s,
-            "stall_demand": world.stall_demand_s,
-            "stall_late": world.stall_late_s,
-            "idle": world.idle_s,
-        },
+        breakdown_s=dict(zip(CAUSES, world.parts_s, strict=True)),
         link={"busy_s": world.link.busy_s, "utilisation": world.link.busy_s / world.total_s},
         memory=_memory(session, world),
         bounds={
@@ -62,6 +55,9 @@ def result_of(session: Session, world: World, belady_missed: int) -> Result:
             "belady_missed": belady_missed,
         },
         decisions_sha256=planner.log.sha256(),
+        scheduler=setup.scheduler,
+        depth=setup.depth,
+        train=setup.train or "",
         quality=None if planner.policy.exact else _quality(planner, world.accesses),
     )
 
@@ -136,7 +132,14 @@ def _time(world: World) -> dict[str, Any]:
             world.prefill_tokens / world.prefill_s if world.prefill_s else 0.0
         ),
         "tpot_s": tpot,
+        "tpot_parts_s": _per_token(world),
     }
+
+
+def _per_token(world: World) -> dict[str, float]:
+    """Where the time per output token goes: adds up to its mean."""
+    tokens = world.decode_tokens or 1
+    return {c: part / tokens for c, part in zip(CAUSES, world.decode_parts_s, strict=True)}
 
 
 def _memory(session: Session, world: World) -> dict[str, float]:

@@ -17,6 +17,7 @@ from policies.base import Service, Substitute
 from policies.moves import Move
 from policies.planner import NOTHING, Plan, Planner, blame
 from policies.recording import Recording
+from policies.result import CAUSES
 from policies.routing import DECODE, Routing, Step
 from sim.costs import Costs
 from sim.link import Link
@@ -59,6 +60,8 @@ class World:
         #: Duration and tokens of every decode step, in order.
         self.decode_step_s = array("d")
         self.decode_step_tokens = array("q")
+        #: Seconds of the decode steps by cause, counted once for each token of a step.
+        self.decode_parts_s = [0.0] * len(CAUSES)
         self.prefill_s = 0.0
         self._error: Exception | None = None
 
@@ -75,6 +78,18 @@ class World:
         return self.gpu_free_s
 
     @property
+    def parts_s(self) -> tuple[float, ...]:
+        """The GPU's time so far by cause, in the order of :data:`policies.result.CAUSES`."""
+        return (
+            self.attention_s,
+            self.experts_s,
+            self.host_s,
+            self.stall_demand_s,
+            self.stall_late_s,
+            self.idle_s,
+        )
+
+    @property
     def compute_bound_s(self) -> float:
         """Seconds the same steps take with every expert resident."""
         return self.bound_gpu_s
@@ -89,12 +104,12 @@ class World:
     def _forward(self, steps: Iterable[Step]) -> Generator[simpy.Event, None, None]:
         observer = self._observer
         for step in steps:
-            started = self.gpu_free_s
+            started, parts = self.gpu_free_s, self.parts_s
             if observer is not None:
                 observer.begin(step)
             self._begin(step)
             yield from self._layers(step)
-            self._end(step, started)
+            self._end(step, started, parts)
             if observer is not None:
                 observer.end()
 
@@ -265,7 +280,7 @@ class World:
                     self._observer.on_copy("CPU", "expert", expert, begin, self.cpu_free_s)
         return seconds
 
-    def _end(self, step: Step, started: float) -> None:
+    def _end(self, step: Step, started: float, parts: tuple[float, ...]) -> None:
         """The step's token must be known on the host before the next step begins."""
         done = max(self.gpu_free_s, self.host_free_s) + self.costs.step_s
         self.host_s += done - self.gpu_free_s
@@ -277,6 +292,8 @@ class World:
             self.decode_tokens += step.size
             self.decode_step_s.append(done - started)
             self.decode_step_tokens.append(step.size)
+            for i, part in enumerate(self.parts_s):
+                self.decode_parts_s[i] += (part - parts[i]) * step.size
         else:
             self.prefill_tokens += step.size
             self.prefill_s += done - started
