@@ -24,8 +24,9 @@ from policies.hardware import (
     Link,
     Software,
 )
-from policies.planner import Planner, run_counts
+from policies.planner import Plan, Planner, run_counts
 from policies.registry import POLICIES
+from policies.routing import Routing
 from policies.training import learn
 from sim.costs import Costs
 from sim.world import World
@@ -239,6 +240,7 @@ def simulate(
     pool: str = "global",
     forecaster: Forecaster | None = None,
     depth: int = 2,
+    planner: type[Planner] = Planner,
 ) -> World:
     """Run *policy* over *trace* in the simulated world."""
     if isinstance(policy, str):
@@ -255,14 +257,26 @@ def simulate(
         }
     )
     share = costs.low_bytes / costs.full_bytes
-    planner = Planner(
-        policy, context, forecaster, low_bytes_share=share, log=DecisionLog(keep=True)
-    )
+    plans = planner(policy, context, forecaster, low_bytes_share=share, log=DecisionLog(keep=True))
     if forecaster is not None and forecaster.offline:
         forecaster.reveal(future.demand())
-    world = World(planner, costs, depth=depth)
+    world = World(plans, costs, depth=depth)
     world.run(future.steps())
     return world
+
+
+class Watched(Planner):
+    """A planner that checks, after everything it does, that the ledger holds."""
+
+    def plan(self, routing: Routing) -> Plan:
+        before = set(self.cache.slot_of)
+        plan = super().plan(routing)
+        assert len(self.cache.slot_of) <= self.context.slots
+        if len(plan.waves) <= 1:
+            missed = set(plan.missed) - set(plan.served or ())
+            assert set(routing.experts) & before <= set(self.cache.slot_of)
+            assert missed <= set(self.cache.slot_of)
+        return plan
 
 
 @dataclass
