@@ -12,13 +12,13 @@ import numpy as np
 
 from traces.statistics.locality import Adjacency, Segments
 from traces.statistics.partners import TokenPartners, correlation
-from traces.statistics.pieces import Outline, Piece, Statistic, outline, pieces
+from traces.statistics.pieces import Outline, Piece, Statistic, in_pieces, outline
 from traces.statistics.popularity import Popularity
 from traces.statistics.prediction import Ahead, NextLayer, TokenTable
 from traces.statistics.reuse import ReuseDistances
 from traces.trace import Trace
 
-__all__ = ["Outline", "Piece", "ReuseDistances", "Statistic", "measure", "outline", "pieces"]
+__all__ = ["Outline", "Piece", "ReuseDistances", "Statistic", "in_pieces", "measure", "outline"]
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
     adjacency, tables, ahead = Adjacency(model), NextLayer(model), Ahead(model)
     partners, table = TokenPartners(model, len(seen.names)), TokenTable(model)
     segments, reuse = Segments(model), ReuseDistances(model)
-    for piece in pieces(trace, seen):
+    for piece in in_pieces(trace, seen):
         for statistic in (popularity, adjacency, tables, ahead, partners, table, segments, reuse):
             statistic.add(piece)
         if progress is not None:

@@ -81,6 +81,16 @@ class Outline:
         """Tokens of all sequences."""
         return sum(self.lengths)
 
+    @property
+    def middle(self) -> int:
+        """Where the second half of the tokens begins: between segments of a sequence."""
+        start = 0
+        for length in self.lengths:
+            if start + length > self.tokens // 2:
+                break
+            start += length
+        return start + (self.tokens // 2 - start) // SEGMENT_TOKENS * SEGMENT_TOKENS
+
 
 def outline(trace: Trace) -> Outline:
     """Count *trace* without its optional columns."""
@@ -102,12 +112,12 @@ def domains_of(trace: Trace, sequences: int) -> Sequence[str]:
     return [""] * sequences
 
 
-def pieces(trace: Trace, seen: Outline) -> Iterator[Piece]:
+def in_pieces(trace: Trace, seen: Outline) -> Iterator[Piece]:
     """Cut *trace*; the half of its tokens and long sequences end a piece."""
     model = trace.model
     most = max(PIECE_CELLS // (model.layers * model.experts), 1)
     most = max(most // SEGMENT_TOKENS, 1) * SEGMENT_TOKENS
-    middle, start = seen.tokens // 2, 0
+    middle, start = seen.middle, 0
     for sequence, domain in zip(trace.sequences(), seen.domain_of, strict=True):
         count = len(sequence)
         cuts = set(range(0, count, most)) | {count}
