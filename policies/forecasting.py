@@ -19,11 +19,11 @@ def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float
     one layer after the other; the first is one event ahead.
     """
     named = (scores >= floor).nonzero()[0]
-    chances = scores[named]
+    chances = scores.take(named)
     order = (-chances).argsort(kind="stable")
     base = first_layer * experts
     best: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(scores) // experts)]
-    for index, chance in zip(named[order].tolist(), chances[order].tolist(), strict=True):
+    for index, chance in zip(named.take(order).tolist(), chances.take(order).tolist(), strict=True):
         ids, values = best[index // experts]
         ids.append(index + base)
         values.append(chance)

@@ -128,6 +128,9 @@ class World:
         ideal: list[tuple[float, float]] = []
         event = self.events
         for layer, experts in enumerate(step.demand):
+            if self.host_free_s > self.gpu_free_s:  # the host still issued prefetches
+                self.host_s += self.host_free_s - self.gpu_free_s
+                self.gpu_free_s = self.host_free_s
             gate = self.gpu_free_s + attention
             launched = self.host_free_s + costs.issue_gate_s
             if launched > gate:

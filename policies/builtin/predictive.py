@@ -36,7 +36,7 @@ class Predictive(Policy):
     horizon: int = parameter(8, "events ahead that are fetched for", low=1, high=4096)
     caution: float = parameter(1.0, "weight of a prefetch's cost against its gain", low=0, high=100)
     margin: float = parameter(0.1, "least gain worth a slot, in transfers", low=0, high=1)
-    confidence: float = parameter(0.3, "least chance worth protecting or fetching", low=0, high=1)
+    confidence: float = parameter(0.35, "least chance worth protecting or fetching", low=0, high=1)
     protect: bool = parameter(True, "keep held experts that are forecast")
 
     def reset(self, context: Context) -> None:

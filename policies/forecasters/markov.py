@@ -46,8 +46,8 @@ class Markov(Forecaster):
     """
 
     horizon: int = parameter(2, "layers ahead", low=1, high=8)
-    floor: float = parameter(0.3, "least chance at which an expert is named", low=0, high=1)
-    blend: float = parameter(0.5, "share of the previous token in the chance", low=0, high=1)
+    floor: float = parameter(0.35, "least chance at which an expert is named", low=0, high=1)
+    blend: float = parameter(0.3, "share of the previous token in the chance", low=0, high=1)
 
     def reset(self, context: Context) -> None:
         self._context = context
@@ -85,12 +85,12 @@ class Markov(Forecaster):
         if size > MAX_TOKENS or ahead == 0:
             return ()
         if single:
-            scores = np.add.reduce(self._across.shares[chosen])
-            scores *= 1.0 / len(chosen)
+            scores = np.add.reduce(self._across.shares.take(chosen, axis=0))
+            scores *= (1.0 if self._previous is None else 1.0 - self.blend) / len(chosen)
         else:
             scores = any_of(self._across.shares[chosen].mean(axis=1))
+            scores = scores * (1.0 if self._previous is None else 1.0 - self.blend)
         if self._previous is not None:
-            scores *= 1.0 - self.blend
             scores += self._previous[layer * experts : layer * experts + self._reach]
         return predictions(scores[: ahead * experts], layer, experts, self.floor)
 

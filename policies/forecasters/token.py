@@ -25,7 +25,7 @@ class Token(Forecaster):
 
     needs: ClassVar[tuple[str, ...]] = ("tokens", "training")
 
-    floor: float = parameter(0.3, "least chance at which an expert is named", low=0, high=1)
+    floor: float = parameter(0.35, "least chance at which an expert is named", low=0, high=1)
     prior: float = parameter(1.0, "weight of popularity, in tokens", low=0.0)
 
     def reset(self, context: Context) -> None:
