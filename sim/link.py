@@ -54,10 +54,9 @@ class Link:
         The queue lets them overtake, and their event waits for them, so their landing times
         are final. Each takes the host *issue_s*; returns when it is free again.
         """
-        if self._queue:
-            self.advance(now_s)
         for move in moves:
             if self.pending:
+                self.advance(now_s)
                 self._drop(move.victim)
             self._issue(move, now_s)
             now_s += issue_s
@@ -66,6 +65,7 @@ class Link:
     def prefetch(self, moves: Sequence[Move], now_s: float, issue_s: float) -> float:
         """Queue moves for later events; returns when the host is free again."""
         for move in moves:
+            self.advance(now_s)
             self._drop(move.victim)
             move.submit_s = now_s
             self.pending[move.copy] = move
