@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traces.model import ModelSpec
-from traces.trace import FloatArray, IntArray, TokenSequence, Trace
+from traces.trace import IntArray, TokenSequence, Trace
 
 #: Cells of a one-hot array of a piece.
 PIECE_CELLS = 2**22
@@ -48,11 +48,6 @@ class Piece:
         hot = np.zeros((count, layers, self.model.experts), bool)
         np.put_along_axis(hot, self.experts.astype(np.intp), True, axis=2)
         return hot
-
-    @cached_property
-    def by_layer(self) -> FloatArray:
-        """*hot* as float32 [layers, n, experts], for products of matrices."""
-        return np.ascontiguousarray(self.hot.transpose(1, 0, 2)).astype(np.float32)
 
 
 class Statistic(Protocol):

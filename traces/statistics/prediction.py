@@ -21,8 +21,8 @@ Floats = npt.NDArray[np.float64]
 TOKEN_CELLS = 2**25
 
 
-def recall(guess: IntArray, hot: npt.NDArray[np.bool_], k: int) -> int:
-    """How many of the *guess* [..., m] are among the experts *hot* [..., E] of k per token."""
+def recall(guess: IntArray, hot: npt.NDArray[np.bool_]) -> int:
+    """How many of the *guess* [..., m] are among the experts *hot* [..., E]."""
     return int(np.count_nonzero(np.take_along_axis(hot, guess.astype(np.intp), axis=-1)))
 
 
@@ -49,26 +49,30 @@ class NextLayer:
         """Fit on *piece* in the first half, judge it in the second."""
         if self.model.layers < 2:
             return
-        layers = piece.by_layer
-        self.together[piece.half] += np.matmul(layers[:-1].transpose(0, 2, 1), layers[1:])
+        # Counting pairs beats products of one-hot matrices: k^2 steps a token, not E^2.
+        width, experts = self.model.experts, piece.experts.astype(np.intp)
+        for layer in range(self.model.layers - 1):
+            pairs = experts[:, layer, :, None] * width + experts[:, layer + 1, None, :]
+            found = np.bincount(pairs.ravel(), minlength=width * width)
+            self.together[piece.half, layer] += found.reshape(width, width)
         if piece.half == 0:
-            self._counts += layers.sum(axis=1)
+            self._counts += np.count_nonzero(piece.hot, axis=0)
         else:
-            self._judge(piece)
+            self._judge(piece, experts)
 
-    def _judge(self, piece: Piece) -> None:
+    def _judge(self, piece: Piece, experts: npt.NDArray[np.intp]) -> None:
         k = self.model.top_k
         if self._table is None:
             uses = np.maximum(self._counts[:-1, :, None], 1)
             self._table = (self.together[0] / uses).astype(np.float32)
             self._popular = best(self._counts[1:].astype(np.float32), k)[0]
-        layers = piece.by_layer
-        guess = best(np.matmul(layers[:-1], self._table), k)[0]
-        right = np.take_along_axis(layers[1:], guess, axis=2)
-        self._found += right.sum(axis=(1, 2))
         assert self._popular is not None
-        popular = np.broadcast_to(self._popular[:, None], guess.shape)
-        self._found_popular += int(np.take_along_axis(layers[1:], popular, axis=2).sum())
+        for layer in range(self.model.layers - 1):
+            scores = self._table[layer][experts[:, layer]].sum(axis=1)
+            actual = piece.hot[:, layer + 1]
+            self._found[layer] += recall(best(scores, k)[0], actual)
+            popular = np.broadcast_to(self._popular[layer], (len(piece), k))
+            self._found_popular += recall(popular, actual)
         self._judged += len(piece)
 
     def result(self) -> dict[str, Any]:
@@ -145,7 +149,7 @@ class TokenTable:
             self._guess = self._predictions()
         rows = self._rows_of(piece.tokens, grow=False)
         # The last row of the guesses, at index -1, is popularity's: for ids never met.
-        self._found += recall(self._guess[rows], piece.hot, self.model.top_k)
+        self._found += recall(self._guess[rows], piece.hot)
         self._known += int(np.count_nonzero(rows >= 0))
         self._judged += len(piece)
 

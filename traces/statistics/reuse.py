@@ -54,7 +54,8 @@ class ReuseDistances:
         before = np.full((count + 1, len(self._last)), np.iinfo(np.int64).min)
         before[0] = self._last
         np.put_along_axis(before[1:], flat, times, axis=1)
-        np.maximum.accumulate(before, axis=0, out=before)
+        for i in range(count):  # row by row: many times faster than accumulate along axis 0
+            np.maximum(before[i], before[i + 1], out=before[i + 1])
         self._last = before[-1].copy()
         before = before[:-1]
         own = np.take_along_axis(before, flat, axis=1)
@@ -66,12 +67,13 @@ class ReuseDistances:
 
     def _count_layer(self, before: Keys, own: Keys) -> None:
         layers, width = self.model.layers, self.model.experts
-        count = len(before)
-        grid = before.reshape(count * layers, width)
-        later = _later(grid, own.reshape(count * layers, -1)).reshape(count, layers, -1)
-        seen = np.where(own.reshape(later.shape) < 0, width, later)
-        for layer in range(layers):
-            self._layer[layer] += np.bincount(seen[:, layer].ravel(), minlength=width + 1)
+        grid = before.reshape(-1, layers, width)
+        mine = own.reshape(len(grid), layers, -1)
+        for slot in range(mine.shape[2]):
+            later = np.count_nonzero(grid > mine[:, :, slot, None], axis=2)
+            seen = np.where(mine[:, :, slot] < 0, width, later)
+            for layer in range(layers):
+                self._layer[layer] += np.bincount(seen[:, layer], minlength=width + 1)
 
     def result(self) -> dict[str, Any]:
         """Quantiles, first uses and the hits of LRU caches that hold a share of all experts."""
