@@ -151,15 +151,19 @@ class Ranked:
     """Copies from least to most worth keeping, by a score of all of them at once.
 
     For scores that change for every copy at every event, so that no ordering can be kept up
-    to date: the held copies of a pool are ranked once per event in which one must go, in one
-    vector operation over its slots. *score* gives one number per copy; ties go to the
-    smallest copy.
+    to date: the held copies of a pool are scored once per event in which one must go, in one
+    vector operation over its slots, and only the lowest are sorted. *score* gives one number
+    per copy; ties go to the smallest copy.
     """
 
+    #: How many of the lowest are sorted at first.
+    FEW = 24
+
     def __init__(self, context: Context, score: Callable[[IntArray], FloatArray]) -> None:
-        self._of = Pools(context).of
+        pools = Pools(context)
+        self._of = pools.of
         self._score = score
-        self._held: dict[int, set[int]] = {}
+        self._held = [np.zeros(2 * context.total, dtype=bool) for _ in range(pools.count)]
         self._ranking: dict[int, list[int]] = {}
 
     def stale(self) -> None:
@@ -168,24 +172,27 @@ class Ranked:
 
     def add(self, copy: int) -> None:
         """*copy* is held now."""
-        self._held.setdefault(self._of(copy), set()).add(copy)
+        self._held[self._of(copy)][copy] = True
 
     def remove(self, copy: int) -> None:
         """*copy* is no longer held."""
-        self._held[self._of(copy)].discard(copy)
+        self._held[self._of(copy)][copy] = False
 
     def least(self, incoming: int) -> Iterator[int]:
         """The pool of *incoming*, least worth keeping first."""
         pool = self._of(incoming)
         ranking = self._ranking.get(pool)
-        if ranking is not None:
-            yield from ranking
-        self._ranking[pool] = ranking = self._rank(pool)
+        if ranking is None:
+            ranking = self._ranking[pool] = self._rank(pool, self.FEW)
         yield from ranking
+        yield from self._rank(pool, None)
 
-    def _rank(self, pool: int) -> list[int]:
-        copies = np.fromiter(self._held.get(pool, ()), dtype=np.int64)
-        if not len(copies):
-            return []
-        ranked: list[int] = copies[np.lexsort((copies, self._score(copies)))].tolist()
+    def _rank(self, pool: int, few: int | None) -> list[int]:
+        """The *few* lowest of *pool* (and their equals), or all of them."""
+        copies = self._held[pool].nonzero()[0]
+        scores = self._score(copies)
+        if few is not None and len(copies) > few:
+            low = (scores <= np.partition(scores, few)[few]).nonzero()[0]
+            copies, scores = copies[low], scores[low]
+        ranked: list[int] = copies[np.lexsort((copies, scores))].tolist()
         return ranked
