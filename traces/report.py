@@ -153,7 +153,7 @@ def _settings(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _domains(values: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    if values is None:
+    if values is None or len(values["token_share"]) < 2:
         return
     for name, share in values["token_share"].items():
         yield name, f"{share:.1%} of tokens"
