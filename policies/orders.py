@@ -185,7 +185,8 @@ class Ranked:
         if ranking is None:
             ranking = self._ranking[pool] = self._rank(pool, self.FEW)
         yield from ranking
-        yield from self._rank(pool, None)
+        self._ranking[pool] = ranking = self._rank(pool, None)
+        yield from ranking
 
     def _rank(self, pool: int, few: int | None) -> list[int]:
         """The *few* lowest of *pool* (and their equals), or all of them."""
