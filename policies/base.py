@@ -28,11 +28,11 @@ class Training:
 class Context:
     """What a policy may know before the first token.
 
-    *slots* is the budget in full-precision experts; *pool* says whether it is one global
-    pool or split by layer. *low_offset* is the handle distance of a low-precision copy (see
-    :meth:`low`). The calibrated constants come from the hardware profile, the same in both
-    worlds: *transfer_s* and *transfer_low_s* move one expert over the link, *layer_s* is one
-    layer of a one-token step with everything resident, *expert_s* one expert's share of it.
+    *slots* is the budget in full-precision experts, of which the planner gives up some for
+    *low_slots* low-precision ones; *pool* says whether it is one global pool or split by
+    layer. The calibrated constants come from the hardware profile, the same in both worlds:
+    *transfer_s* and *transfer_low_s* move one expert over the link, *layer_s* is one layer of
+    a one-token step with everything resident, *expert_s* one expert's share of it.
     """
 
     layers: int
@@ -40,6 +40,7 @@ class Context:
     top_k: int
     slots: int
     pool: str = "global"
+    low_slots: int = 0
     batch: int = 1
     transfer_s: float = 0.0
     transfer_low_s: float = 0.0

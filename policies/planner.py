@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from operator import index
 
 import numpy as np
@@ -78,11 +79,12 @@ class Planner:
         low_bytes_share: float = 0.0,
         log: DecisionLog | None = None,
     ) -> None:
+        pools = context.layers if context.pool == "layer" else 1
+        full, low = divide_budget(context.slots, policy.low_share, low_bytes_share, pools)
         self.policy = policy
-        self.context = context
+        self.context = context = replace(context, low_slots=low)
         self.forecaster = forecaster
         self.log = log or DecisionLog()
-        full, low = divide_budget(context.slots, policy.low_share, low_bytes_share)
         self.cache = ExpertCache(context, full_slots=full, low_slots=low, policy=policy.name)
         self._slot_of = self.cache.slot_of
         self._prefetches = type(policy).prefetch is not Policy.prefetch
@@ -313,16 +315,20 @@ def blame(planner: Planner, error: Exception) -> Exception:
     return error
 
 
-def divide_budget(slots: int, low_share: float, low_bytes_share: float) -> tuple[int, int]:
+def divide_budget(
+    slots: int, low_share: float, low_bytes_share: float, pools: int = 1
+) -> tuple[int, int]:
     """Full- and low-precision slots within the bytes of *slots* full ones.
 
     *low_share* of the budget goes to low-precision copies, each of which takes
-    *low_bytes_share* of a full one's bytes.
+    *low_bytes_share* of a full one's bytes. Each of *pools* keeps a full slot; where the rest
+    is not one low slot for each, all are full.
     """
     if not low_share or not low_bytes_share:
         return slots, 0
-    full = slots - round(slots * low_share)
-    return full, int((slots - full) / low_bytes_share + 1e-9)
+    full = max(slots - round(slots * low_share), pools)
+    low = int((slots - full) / low_bytes_share + 1e-9)
+    return (full, low) if low >= pools else (slots, 0)
 
 
 def run_counts(planner: Planner, steps: Iterable[Step]) -> int:

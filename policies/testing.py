@@ -13,11 +13,11 @@ from itertools import islice
 
 import numpy as np
 
-from policies.base import Context, Forecast, Forecaster, Policy, Service
+from policies.base import Context, Forecast, Forecaster, Policy
 from policies.batching import Batches
 from policies.decisions import DecisionLog
 from policies.future import Future
-from policies.planner import Plan, Planner, run_counts
+from policies.planner import Planner, run_counts
 from policies.registry import FORECASTERS, POLICIES, parameters
 from policies.routing import Routing, Step
 from policies.training import learn

@@ -27,6 +27,7 @@ from policies.hardware import (
 from policies.planner import Plan, Planner, run_counts
 from policies.registry import POLICIES
 from policies.routing import Routing
+from policies.testing import EXPERT_BYTES, example_model, example_trace
 from policies.training import learn
 from sim.costs import Costs
 from sim.world import World
@@ -39,14 +40,6 @@ SAMPLES = {
     name: ROOT / f"traces/samples/{name}.parquet" for name in ("coarse-8x2", "granular-64x8")
 }
 GPT_OSS = ROOT.parent / "shared/traces/gpt-oss-20b-decode.npz"
-
-#: Bytes of one expert of :func:`model_of`.
-EXPERT_BYTES = 3000
-
-
-def model_of(layers: int, experts: int, top_k: int) -> ModelSpec:
-    """A small model whose experts take ``EXPERT_BYTES``."""
-    return ModelSpec("tiny", layers, experts, top_k, 10, 50, EXPERT_BYTES // 2, 1000, 8)
 
 
 def trace_of(
@@ -70,49 +63,9 @@ def random_trace(
     top_k: int = 2,
     lengths: Sequence[int] = (9, 5, 12),
     prefill: int = 3,
-    details: bool = False,
 ) -> MemoryTrace:
-    """Skewed random routing: popular experts, and a token that often repeats the last.
-
-    With *details* there are token ids, gate weights and guesses for the next three layers.
-    """
-    random = np.random.default_rng(seed)
-    model = model_of(layers, experts, top_k)
-    odds = 1 / np.arange(1, experts + 1)
-    items = []
-    for number, length in enumerate(lengths):
-        noise = random.gumbel(size=(length, layers, experts)) + np.log(odds)
-        noise[1:] += 1.5 * (random.random((length - 1, layers, 1)) < 0.3) * noise[:-1]
-        ranked = np.argsort(-noise, axis=-1).astype(np.int16)
-        route = ranked[..., :top_k]
-        sequence = TokenSequence(
-            number, route, np.arange(length, dtype=np.int32), min(prefill, length)
-        )
-        items.append(_detailed(sequence, model, ranked, random) if details else sequence)
-    return MemoryTrace(model, items)
-
-
-def _detailed(
-    plain: TokenSequence, model: ModelSpec, ranked: np.ndarray, random: np.random.Generator
-) -> TokenSequence:
-    width = min(model.experts, 2 * model.top_k)
-    ahead = []
-    for distance in (1, 2, 3):
-        guess = np.full((len(plain), model.layers, width), -1, dtype=np.int16)
-        if distance < model.layers:
-            guess[:, :-distance] = ranked[:, distance:, :width]
-        ahead.append(guess)
-    weights = np.sort(random.dirichlet(np.ones(model.top_k), (len(plain), model.layers)))[..., ::-1]
-    tokens = random.integers(0, 5, len(plain)).astype(np.int32)
-    return TokenSequence(
-        plain.id,
-        plain.experts,
-        plain.positions,
-        plain.prefill,
-        tokens,
-        weights.astype(np.float32),
-        tuple(ahead),
-    )
+    """Skewed random routing, as the public contract tests have it."""
+    return example_trace(seed, shape=(layers, experts, top_k), lengths=lengths, prefill=prefill)
 
 
 def sample(name: str, sequences: int | None = None) -> MemoryTrace:
@@ -127,7 +80,7 @@ def gpt_oss(sequences: int | None = None) -> MemoryTrace:
         pytest.skip(f"{GPT_OSS.name} is not there")
     with np.load(GPT_OSS) as data:
         offsets, experts, first = data["seq_offsets"], data["experts"], data["first_pos"]
-    model = model_of(24, 32, 4)
+    model = example_model(24, 32, 4)
     items = []
     for number in range(len(offsets) - 1 if sequences is None else sequences):
         part = experts[offsets[number] : offsets[number + 1]].astype(np.int16)
@@ -190,7 +143,7 @@ def machine(
     copy_issue_s: float = 0.0,
     step_s: float = 0.0,
 ) -> HardwareProfile:
-    """A machine on which an expert of :func:`model_of` takes *copy_s* and *expert_s*.
+    """A machine on which an expert of :func:`example_model` takes *copy_s* and *expert_s*.
 
     What is not given is free: a world of only copies and experts. Attention then takes
     a third of ``expert_s`` for each 1000 dense bytes of a layer.

@@ -117,6 +117,8 @@ class Mixed(Policy):
         before = (np.cumsum(weights, axis=1) - weights) / total
         levels: IntArray = (before <= self.t1).astype(np.int64) + (before <= self.t2)
         levels[:, 0] = HIGH
+        if not self._context.low_slots:
+            levels[levels == LOW] = HIGH
         return levels
 
     def serve(self, routing: Routing, missed: Sequence[int]) -> Mapping[int, Service | Substitute]:

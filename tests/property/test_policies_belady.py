@@ -8,7 +8,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tests.helpers import model_of, replay, trace_of
+from policies.testing import example_model
+from tests.helpers import replay, trace_of
 from tests.helpers_replay import Event, events_of
 from traces.trace import MemoryTrace
 
@@ -72,7 +73,9 @@ def tiny(seed: int) -> tuple[MemoryTrace, int, int]:
         [[random.permutation(experts)[:top_k] for _ in range(layers)] for _ in range(length)]
         for length in lengths
     ]
-    trace = trace_of(model_of(layers, experts, top_k), routes, random.integers(0, 3, 2).tolist())
+    trace = trace_of(
+        example_model(layers, experts, top_k), routes, random.integers(0, 3, 2).tolist()
+    )
     return trace, int(random.integers(top_k, layers * experts)), int(random.integers(1, 3))
 
 
@@ -93,7 +96,7 @@ def test_waves_leave_room_below_belady() -> None:
 
     One slot, 1 and 3 demanded together: 3 stays, unless it was prefetched before the event.
     """
-    trace = trace_of(model_of(1, 5, 1), [[[[1]], [[3]], [[1]], [[2]]]], prefill=[2])
+    trace = trace_of(example_model(1, 5, 1), [[[[1]], [[3]], [[1]], [[2]]]], prefill=[2])
     events = events_of(trace)
     assert events == [(0, [1, 3]), (0, [1]), (0, [2])]
     assert replay("belady", trace, 1).counts["missed"] == 4

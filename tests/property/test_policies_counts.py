@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.testing import example_model
 from tests import helpers_replay as other
-from tests.helpers import gpt_oss, model_of, random_trace, records, replay, sample, trace_of
+from tests.helpers import gpt_oss, random_trace, records, replay, sample, trace_of
 from traces.trace import Trace
 
 NAMES = sorted(other.RULES)
@@ -152,7 +153,7 @@ def test_lru_hits_grow_with_the_budget(seed: int, top_k: int) -> None:
 @pytest.mark.parametrize("name", ["lru", "fifo"])
 def test_one_expert_too_many_in_a_cycle_and_nothing_hits(name: str) -> None:
     """The cliff: a cycle of C + 1 experts, C slots."""
-    cycle = trace_of(model_of(1, 9, 1), [np.arange(90) % 9])
+    cycle = trace_of(example_model(1, 9, 1), [np.arange(90) % 9])
     assert replay(name, cycle, 8).counts["missed"] == 90
     assert replay(name, cycle, 9).counts["missed"] == 9
     # MIN keeps C - 1 of every C: first loads, then one miss in C.

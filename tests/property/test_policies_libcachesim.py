@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from libcachesim import ReaderInitParam, TraceReader, TraceType
 
-from tests.helpers import model_of, replay, trace_of
+from policies.testing import example_model
+from tests.helpers import replay, trace_of
 from traces.trace import MemoryTrace
 
 THEIRS = {
@@ -29,7 +30,7 @@ def skewed(seed: int, *, layers: int = 6, experts: int = 40, tokens: int = 1500)
     repeats = random.random((tokens, layers, 1)) < 0.3
     for token in range(1, tokens):
         route[token] = np.where(repeats[token], route[token - 1], route[token])
-    return trace_of(model_of(layers, experts, 1), [route])
+    return trace_of(example_model(layers, experts, 1), [route])
 
 
 def write_oracle_general(trace: MemoryTrace, path: Path) -> int:
