@@ -158,6 +158,12 @@ class PinnedFirst(Hostile):
         yield from self.held
 
 
+class PrefetchesOverPinned(PinnedFirst):
+    def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
+        absent = (e for e in range(self.context.total) if e not in self.held)
+        return [next(absent)] if routing.event % 3 == 0 else []
+
+
 class Duplicates(Hostile):
     def victims(self, incoming: int) -> Iterator[int]:
         for copy in list(self.held):
@@ -248,9 +254,10 @@ def watched(policy: Policy, trace: MemoryTrace, slots: int) -> Planner:
     return planner
 
 
-@pytest.mark.parametrize("slots", [2, 5, 9])
+@pytest.mark.parametrize("slots", [2, 5, 9, 16])
 @pytest.mark.parametrize(
-    "kind", [Garbage, PinnedFirst, Duplicates, PrefetchesAll, NumpyVictims, Texts]
+    "kind",
+    [Garbage, PinnedFirst, PrefetchesOverPinned, Duplicates, PrefetchesAll, NumpyVictims, Texts],
 )
 def test_odd_policies_work(kind: type[Policy], slots: int) -> None:
     planner = watched(kind(), random_trace(3), slots)
