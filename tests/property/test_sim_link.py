@@ -150,6 +150,22 @@ def test_a_cancelled_move_never_crosses_and_an_issued_one_always_does() -> None:
     assert link.prefetch_bytes == 4 * 400
 
 
+@pytest.mark.parametrize("demand", [True, False])
+def test_the_queue_moves_on_while_the_host_issues(demand: bool) -> None:
+    """At 1.5 the third copy has left the queue: it cannot be cancelled, nor overtaken."""
+    link = link_of()
+    ahead = moves(4, demand=False)
+    link.prefetch(ahead, 0.0, 0.0)
+    link.advance(0.0)
+    later = [Move(50, 2, 2, demand), Move(51, 3, 3, demand)]
+    (link.demand if demand else link.prefetch)(later, 1.5, 0.75)
+    link.advance(100.0)
+    assert [move.land_s for move in ahead[:3]] == [1, 2, 3]
+    # The fourth was issued at 2, before the host came to it at 2.25, unless demand was there.
+    assert [move.land_s for move in (later[0], later[1])] == ([4, 5] if demand else [5, 6])
+    assert link.cancelled == demand
+
+
 @given(
     steps=st.lists(
         st.tuples(
