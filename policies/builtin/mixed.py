@@ -27,7 +27,7 @@ class Mixed(Policy):
     top-k; the score of one is the weight before it. A missed expert is loaded at full
     precision up to score *t1*, at low precision up to *t2* and skipped beyond; over several
     tokens the most demanding wins. *Prefetching* (3.3): the layers ahead are walked until one
-    lacks a predicted expert; what it lacks is fetched, at the precision its predicted score
+    lacks a predicted expert; what it lacks is fetched, at the precision that its rank usually
     asks for, and what is predicted stays. *Eviction* (3.4), in a pool per precision: lowest
 
         w_lru R/T + w_lfu F/T + w_lhu H/T + w_fld (1 - ((l - l_now + L) mod L) / L)
@@ -65,6 +65,8 @@ class Mixed(Policy):
         self._sequences: frozenset[int] = frozenset()
         self._locked: dict[int, int] = {}
         self._now = -1
+        self._usual = np.full(context.top_k, 1.0 / context.top_k)
+        self._expected = [HIGH] * context.top_k
 
     def _priority(self, copies: IntArray) -> FloatArray:
         experts = copies % self._context.total
@@ -106,10 +108,17 @@ class Mixed(Policy):
         if weights is None:
             return dict.fromkeys(routing.experts, HIGH)
         asked = self._levels(np.asarray(weights, dtype=np.float64))
+        self._expect(np.asarray(weights, dtype=np.float64))
         best = np.zeros(self._context.experts, dtype=np.int64)
         np.maximum.at(best, routing.token_experts.reshape(-1), asked.reshape(-1))
         base = routing.layer * self._context.experts
         return {expert: int(best[expert - base]) for expert in routing.experts}
+
+    def _expect(self, weights: FloatArray) -> None:
+        """What a gate's ranks usually weigh says at which precision to fetch the predicted."""
+        mean = weights.mean(axis=0)
+        self._usual += 0.05 * (mean / max(mean.sum(), 1e-30) - self._usual)
+        self._expected = self._levels(self._usual[None])[0].tolist()
 
     def _levels(self, weights: FloatArray) -> IntArray:
         """SKIP, LOW or HIGH for *weights* [T, k], each row falling."""
@@ -140,13 +149,9 @@ class Mixed(Policy):
 
     def _wanted(self, forecast: Forecast) -> Iterator[int]:
         """Walk the layers ahead to the first that lacks something, and fetch that."""
-        for ahead, experts, scores in forecast[: self.depth]:
-            chosen = list(zip(experts, scores, strict=True))[: self._context.top_k]
-            if not chosen:
-                continue
-            levels = self._levels(np.array([[score for _, score in chosen]]))[0].tolist()
+        for ahead, experts, _ in forecast[: self.depth]:
             lacking = []
-            for (expert, _), level in zip(chosen, levels, strict=True):
+            for expert, level in zip(experts, self._expected, strict=False):
                 copy = expert if level == HIGH else self._context.low(expert)
                 self._locked[expert] = self._locked[copy] = self._now + ahead
                 if level != SKIP and copy not in self._held and expert not in self._held:
