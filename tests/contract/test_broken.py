@@ -60,7 +60,7 @@ class Skips(LRU):
 class Slow(LRU):
     def on_route(self, routing: Routing) -> None:
         super().on_route(routing)
-        until = time.process_time() + 1e-6 * len(self._recency.order(0))
+        until = time.process_time() + 3e-7 * len(self._recency.order(0))
         while time.process_time() < until:
             pass
 
