@@ -210,7 +210,9 @@ class Session:
         )
         recording = Recording(context, with_spans=spans) if record or spans else None
         world = World(planner, costs, depth=self.setup.depth, recording=recording)
-        source = self.future if policy.offline else self.batches(columns)
+        source: Batches | Future = self.batches(columns)
+        if policy.offline:
+            source = Future(source) if columns else self.future
         if forecaster is not None and forecaster.offline:
             forecaster.reveal(self.future.demand())
         with no_garbage_collection():

@@ -173,6 +173,25 @@ def test_a_trace_must_carry_what_a_plugin_needs(
         session.run(policy, Budget(slots=2))
 
 
+OFFLINE = """
+from policies.builtin.belady import Belady
+
+
+class Peek(Belady):
+    needs = ("weights",)
+
+    def on_route(self, routing):
+        assert routing.next_use and routing.token_weights.shape[1] == 2
+        super().on_route(routing)
+"""
+
+
+def test_an_offline_policy_gets_the_columns_it_needs(file: str, tmp_path: Path) -> None:
+    (tmp_path / "peek.py").write_text(OFFLINE)
+    result, _ = Session(Setup(file)).run(f"{tmp_path}/peek.py:Peek", Budget(slots=6))
+    assert result.missed == result.bounds["belady_missed"]
+
+
 def test_a_training_trace_of_another_shape_is_refused(file: str, tmp_path: Path) -> None:
     other = written(example_trace(shape=(3, 7, 2)), tmp_path / "other.parquet")
     with pytest.raises(InputError, match="experts is 7, expected 6"):
