@@ -210,9 +210,10 @@ class Session:
         )
         recording = Recording(context, with_spans=spans) if record or spans else None
         world = World(planner, costs, depth=self.setup.depth, recording=recording)
-        source: Batches | Future = self.batches(columns)
+        batches = self.batches(columns)
+        source: Batches | Future = batches
         if policy.offline:
-            source = Future(source) if columns else self.future
+            source = Future(batches) if columns else self.future
         if forecaster is not None and forecaster.offline:
             forecaster.reveal(self.future.demand())
         with no_garbage_collection():
