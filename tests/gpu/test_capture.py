@@ -31,6 +31,7 @@ def tiny_model():
     return transformers.DeepseekV3ForCausalLM(config).eval()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_recording_and_drawing_wait_for_nothing():
     model = tiny_model().cuda()
     hidden = torch.randn(3, 32, device="cuda")
@@ -38,8 +39,8 @@ def test_recording_and_drawing_wait_for_nothing():
     sampling = Sampling(temperature=1.0, top_k=20, top_p=0.9)
     sampler = Sampler(sampling, range(3), 2, model.device)
     with torch.inference_mode(), make_recorder(model, CaptureSettings()) as recorder:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             for gate in find_gates(model):
                 gate.router(hidden)
             tokens = sampler(logits, 1)
