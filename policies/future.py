@@ -60,6 +60,10 @@ class Future:
         found.reverse()
         return found
 
+    def events_over(self, slots: int) -> int:
+        """Events whose demand is more than *slots*: they run in waves."""
+        return sum(int((ends > slots).sum()) for ends in self._ends)
+
     def blocks(self) -> Iterator[Block]:
         """The run's blocks again, each with its next uses."""
         for block, next_use in zip(self._batches.blocks(), self._next_use, strict=True):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sim.session import Session
 
 
-def result_of(session: Session, world: World, belady_missed: int) -> Result:
+def result_of(session: Session, world: World) -> Result:
     """The result of *world*, which ran a policy of *session*."""
     planner = world.planner
     setup, model = session.setup, session.model
@@ -23,13 +23,14 @@ def result_of(session: Session, world: World, belady_missed: int) -> Result:
     held = world.accesses - missed
     hit = held - world.late
     moves = _moves(world)
+    slots = planner.context.slots
     return Result(
         trace=setup.trace,
         policy=_policy(planner),
         model=model.to_dict() | {"routing": session.stored.model.name, "sizes": setup.sizes or ""},
         hardware={"name": session.profile.name, "kind": session.profile.kind},
         world="sim",
-        slots=planner.context.slots,
+        slots=slots,
         pool=setup.pool,
         batch=setup.batch,
         seed=setup.seed,
@@ -51,8 +52,8 @@ def result_of(session: Session, world: World, belady_missed: int) -> Result:
         memory=_memory(session, world),
         bounds={
             "compute_s": world.compute_bound_s,
-            "transfer_s": belady_missed * planner.context.transfer_s,
-            "belady_missed": belady_missed,
+            "transfer_s": session.fewest_moves(slots) * planner.context.transfer_s,
+            "belady_missed": session.belady_missed(slots),
         },
         decisions_sha256=planner.log.sha256(),
         scheduler=setup.scheduler,

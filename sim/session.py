@@ -178,6 +178,15 @@ class Session:
                 self._belady[slots] = run_counts(planner, self.future.steps())
         return self._belady[slots]
 
+    def fewest_moves(self, slots: int) -> int:
+        """Moves that no exact policy which computes on the GPU alone can go below.
+
+        Belady's, where every event's demand fits. An event that runs in waves need not hold
+        its demand all at once and may keep up to *slots* other copies that Belady gives up.
+        """
+        share = slots // self.model.layers if self.setup.pool == "layer" else slots
+        return max(0, self.belady_missed(slots) - slots * self.future.events_over(share))
+
     def check(self, policy_text: str, budget: Budget) -> None:
         """Raise what :meth:`run` would raise before it starts."""
         policy = POLICIES.build(policy_text)
@@ -218,7 +227,7 @@ class Session:
             forecaster.reveal(self.future.demand())
         with no_garbage_collection():
             world.run(watch(source.steps()))
-        result = result_of(self, world, self.belady_missed(slots))
+        result = result_of(self, world)
         return result, recording
 
     def curve(self, policy_text: str, slots: Sequence[int], max_steps: int) -> list[CurvePoint]:
