@@ -1,8 +1,8 @@
 """How fast the simulator is: events per second on one core, and what a run costs in all.
 
-    pytest benchmarks                                  synthetic trace in gpt-oss-20b's shape
-    pytest benchmarks --routing traces/x.parquet       a recorded one
-    pytest benchmarks --benchmark-json speed.json && python benchmarks/table.py speed.json
+pytest benchmarks                                  synthetic trace in gpt-oss-20b's shape
+pytest benchmarks --routing traces/x.parquet       a recorded one
+pytest benchmarks --benchmark-json speed.json && python benchmarks/table.py speed.json
 """
 
 from __future__ import annotations
