@@ -71,7 +71,8 @@ def _check(slots: int, model: ModelSpec, option: str) -> int:
         raise InputError(f"{option}: is {slots} slots, expected at least top_k = {model.top_k}")
     if slots > model.total_experts:
         raise InputError(
-            f"{option}: is {slots} slots, expected at most all {model.total_experts} experts"
+            f"{option}: is {slots} slots, expected at most "
+            f"the model's {model.total_experts} experts"
         )
     return slots
 
