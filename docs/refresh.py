@@ -55,12 +55,12 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
-def commands(body: str) -> Iterator[str]:
-    """The ``simctl`` commands of a shell or console block, continued lines joined."""
-    joined = body.replace("\\\n", " ")
+def commands(body: str, kinds: tuple[str, ...] = ("simctl",)) -> Iterator[str]:
+    """The commands of *kinds* in a shell or console block, continued lines joined."""
+    joined = re.sub(r"\s*\\\n\s*", " ", body)
     for line in joined.splitlines():
         command = line.removeprefix("$ ").split(" # ")[0].strip()
-        if command.startswith("simctl "):
+        if command.partition(" ")[0] in kinds:
             yield command
 
 
@@ -141,8 +141,8 @@ def main() -> int:
         for page in PAGES:
             furnish(Path(work), page)
             text = page.read_text(encoding="utf-8")
-            for block in reversed([b for b in blocks(page) if b.kind == "console"]):
-                fresh = replayed(block)
+            shown = [block for block in blocks(page) if block.kind == "console"]
+            for block, fresh in reversed([(block, replayed(block)) for block in shown]):
                 stale += fresh != block.body
                 text = text[: block.start] + fresh + text[block.end :]
             if not check:
