@@ -1,7 +1,7 @@
 # make run    simulate a policy on a sample trace, without torch
 # make test   lint, types, import contract and tests, with torch on the CPU
 #
-# More for make run: POLICY=lru, TRACE=file, REPORT=folder, OPTIONS='--sizes qwen3-30b --cache 25%'.
+# More for make run: POLICY=lru, TRACE=file, REPORT=folder, OPTIONS='--batch 4'.
 # PYTHON chooses the interpreter (3.11 or newer). Each environment is made once, and again when
 # pyproject.toml, constraints.txt or the interpreter's version changes.
 
@@ -9,7 +9,7 @@ PYTHON ?= python3
 POLICY ?= predictive
 TRACE ?= traces/samples/granular-64x8.parquet
 REPORT ?= out/report
-OPTIONS ?=
+OPTIONS ?= --sizes qwen3-30b --cache 25%
 
 VERSION    := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 RUN_STAMP  := .venv-run/.made-with-$(VERSION)

@@ -35,6 +35,7 @@ class Fading(Policy):
     def on_route(self, routing: Routing) -> None:
         self.heat *= self.fade
         self.heat[routing.experts] += 1
+        self.coming.difference_update(routing.experts)
 
     def on_load(self, copy: int) -> None:
         self.held.add(copy)
@@ -51,4 +52,5 @@ class Fading(Policy):
         yield from (expert for expert in likely if expert not in self.held)
 
     def victims(self, incoming: int) -> Iterable[int]:
-        return sorted(self.held - self.coming, key=self.heat.__getitem__) or self.held
+        cold = sorted(self.held - self.coming, key=self.heat.__getitem__)
+        return cold if incoming in self.coming else [*cold, *self.coming]
