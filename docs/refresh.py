@@ -22,15 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 #: Pictures of the documentation and the figure of the report that each is a copy of.
-PICTURES = {
-    "speed.png": "memory",
-    "token-time.png": "token-time",
-    "bounds.png": "bounds",
-}
+PICTURES = {"speed.png": "memory"}
 DRAWING = (
     "compare --trace traces/samples/granular-64x8.parquet --sizes qwen3-30b "
     "--policy lru --policy lfru --policy predictive --policy belady "
-    "--cache 25% --cache 50% --cache 75% --report figures"
+    "--cache 13% --cache 25% --cache 50% --cache 75% --report figures"
 )
 
 _FENCE = re.compile(r"^```(?P<kind>\S*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -79,9 +75,9 @@ def written_files(page: Path) -> Mapping[str, str]:
     return files
 
 
-def furnish(folder: Path, page: Path) -> None:
+def furnish(folder: Path, page: Path, samples: Path = ROOT / "traces/samples") -> None:
     """Put into *folder* what the commands of *page* expect beside them."""
-    shutil.copytree(ROOT / "traces/samples", folder / "traces/samples", dirs_exist_ok=True)
+    shutil.copytree(samples, folder / "traces/samples", dirs_exist_ok=True)
     shutil.copytree(ROOT / "examples", folder / "examples", dirs_exist_ok=True)
     for name, text in written_files(page).items():
         (folder / name).write_text(text, encoding="utf-8")
