@@ -109,10 +109,18 @@ class Session:
 
     @cached_property
     def _routing(self) -> Trace:
-        """The trace without what only few policies need, kept in memory if it is small."""
+        """The trace without what only few policies need, kept in memory if it is small.
+
+        Every column is read once all the same: reading is what refuses a bad one.
+        """
         if not self._small:
+            for _ in self.stored.sequences():
+                pass
             return self.stored
-        sequences = list(self.stored.sequences(()))
+        sequences = [
+            dataclasses.replace(s, tokens=None, weights=None, ahead=())
+            for s in self.stored.sequences()
+        ]
         return MemoryTrace(self.stored.model, sequences, name=self.stored.name)
 
     def batches(self, columns: frozenset[str] = frozenset()) -> Batches:
