@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from policies.base import Context
+from policies.orders import Pools
 from traces.errors import InputError
 
 
@@ -37,7 +38,10 @@ class ExpertCache:
         self.slot_of: dict[int, int] = {}
         self.full_slots = context.slots if full_slots is None else full_slots
         self.low_slots = low_slots
-        self._by_layer = context.pool == "layer"
+        pools = Pools(context)
+        self._by_layer = pools.by_layer
+        #: The pool whose slots a copy can take.
+        self.pool_of = pools.of
         self._free = self._divide(self.full_slots, 0)
         if low_slots:
             self._free += self._divide(low_slots, self.full_slots)
@@ -63,12 +67,6 @@ class ExpertCache:
 
     def __len__(self) -> int:
         return len(self.slot_of)
-
-    def pool_of(self, copy: int) -> int:
-        """The pool whose slots *copy* can take."""
-        total = self.context.total
-        low, expert = (1, copy - total) if copy >= total else (0, copy)
-        return low * self.context.layers + expert // self.context.experts if self._by_layer else low
 
     def capacity(self, copy: int) -> int:
         """Slots of the pool that *copy* belongs to."""

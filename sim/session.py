@@ -147,8 +147,6 @@ class Session:
                 f"of {self.model.layers} layers, expected at least "
                 f"{self.model.layers * self.model.top_k}"
             )
-        if self.setup.pool == "layer" and slots > self.model.total_experts:
-            raise InputError(f"--pool layer: {slots} slots, expected at most all experts")
         return slots
 
     def context(self, slots: int, costs: Costs) -> Context:
