@@ -16,10 +16,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from policies.base import Context
+from policies.budget import Budget
 from policies.planner import Planner, run_counts
 from policies.registry import POLICIES
-from sim.budget import Budget
-from sim.session import Session, Setup, no_garbage_collection
+from policies.session import Setup, no_garbage_collection
+from sim.session import Session
 
 
 @pytest.fixture(scope="module")

@@ -87,8 +87,8 @@ def run(
     **setup: Any,
 ) -> None:
     """Simulate one policy on a trace and say where its time goes."""
+    from policies.budget import Budget
     from reports.summary import run_summary
-    from sim.budget import Budget
     from sim.parallel import belady_beside
 
     session = _session(setup)
@@ -137,8 +137,8 @@ def compare(
     **setup: Any,
 ) -> None:
     """Compare policies and budgets on one trace, with Belady and the bounds."""
+    from policies.budget import Budget
     from reports.comparison import compare_table
-    from sim.budget import Budget
     from sim.parallel import default_jobs, run_cells
 
     session = _session(setup)
@@ -179,7 +179,8 @@ def report(results: tuple[str, ...], out: str, title: str) -> None:
 
 
 def _session(setup: dict[str, Any]) -> Session:
-    from sim.session import Session, Setup
+    from policies.session import Setup
+    from sim.session import Session
 
     return Session(Setup(**setup))
 

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import get_context
 
+from policies.budget import Budget
 from policies.recording import Recording
 from policies.result import Result
-from sim.budget import Budget
-from sim.session import Session, Setup
+from policies.session import Setup
+from sim.session import Session
 
 #: Events from which a worker's start (about a second) is worth it.
 LONG_EVENTS = 400_000

@@ -1,203 +1,21 @@
-"""One simulated run from what a user asks for to its result."""
+"""Runs in the simulated world."""
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import islice
+from collections.abc import Callable, Iterable
 
-from policies.base import Context, Forecaster, Policy, Training
-from policies.batching import Batches
-from policies.future import Future
-from policies.hardware import HardwareProfile, load_profile
-from policies.planner import Planner, run_counts
+from policies.budget import Budget
+from policies.decisions import DecisionLog
+from policies.outcome import result_of
 from policies.recording import Recording
-from policies.registry import FORECASTERS, POLICIES, SCHEDULERS
 from policies.result import Result
 from policies.routing import Step
-from policies.scheduling import BatchScheduler
-from policies.training import learn
-from sim.budget import Budget
-from sim.costs import Costs
-from sim.outcome import result_of
+from policies.session import TraceSession, no_garbage_collection
 from sim.world import World
-from traces.errors import InputError
-from traces.model import ModelSpec
-from traces.sizes import model_sizes, resize
-from traces.store import StoredTrace, open_trace
-from traces.trace import MemoryTrace, Trace
-
-#: Routing of a trace up to this size is kept in memory, so that it is read once.
-KEEP_BYTES = 256 * 2**20
-
-POOLS = ("global", "layer")
-
-#: Slots and the share of accesses missed with them.
-CurvePoint = tuple[int, float]
 
 
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Spare a run the search for reference cycles: it makes none, and millions of objects."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything but policy and budget: what the runs of a comparison have in common."""
-
-    trace: str
-    batch: int = 1
-    hardware: str = "h200-pcie5"
-    sizes: str | None = None
-    forecaster: str | None = None
-    scheduler: str = "none"
-    pool: str = "global"
-    train: str | None = None
-    seed: int = 0
-    depth: int = 2
-
-
-@dataclass
-class Session:
-    """A trace on a machine, ready to be run under any policy and budget.
-
-    What does not depend on the policy (the trace, the future, Belady's misses) is worked out
-    once. Every mistake in the setup raises :class:`InputError`.
-    """
-
-    setup: Setup
-    _belady: dict[int, int] = field(default_factory=dict)
-    _expected: dict[int, Callable[[], int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for option, least in (("batch", 1), ("depth", 1), ("seed", 0)):
-            value = getattr(self.setup, option)
-            if value < least:
-                raise InputError(f"--{option} {value}: expected at least {least}")
-        if self.setup.pool not in POOLS:
-            raise InputError(f"--pool {self.setup.pool}: expected {' or '.join(POOLS)}")
-        self.stored: StoredTrace = open_trace(self.setup.trace)
-        self.profile: HardwareProfile = load_profile(self.setup.hardware)
-        self.model: ModelSpec = self.stored.model
-        if self.setup.sizes:
-            self.model = resize(self.model, model_sizes(self.setup.sizes))
-        self.scheduler: BatchScheduler = SCHEDULERS.build(self.setup.scheduler)
-        if self.setup.forecaster is not None:
-            FORECASTERS.build(self.setup.forecaster)  # a wrong name must not pass unused
-
-    @cached_property
-    def training(self) -> Training | None:
-        """What the trace given by ``--train`` teaches."""
-        return learn(open_trace(self.setup.train), self.model) if self.setup.train else None
-
-    @cached_property
-    def _small(self) -> bool:
-        model = self.stored.model
-        per_token = model.layers * model.top_k * (2 + 4 * self.stored.has_weights)
-        return self.stored.tokens * per_token <= KEEP_BYTES
-
-    @cached_property
-    def _routing(self) -> Trace:
-        """The trace without what only few policies need, kept in memory if it is small.
-
-        Every column is read once all the same: reading is what refuses a bad one.
-        """
-        if not self._small:
-            for _ in self.stored.sequences():
-                pass
-            return self.stored
-        sequences = [
-            dataclasses.replace(s, tokens=None, weights=None, ahead=())
-            for s in self.stored.sequences()
-        ]
-        return MemoryTrace(self.stored.model, sequences, name=self.stored.name)
-
-    def batches(self, columns: frozenset[str] = frozenset()) -> Batches:
-        """The batches of a run that needs *columns* of the trace."""
-        trace = self.stored if columns else self._routing
-        return Batches(trace, self.setup.batch, self.scheduler, columns)
-
-    @cached_property
-    def future(self) -> Future:
-        """All that the trace will demand, for offline policies and bounds."""
-        return Future(self.batches())
-
-    @cached_property
-    def kv_tokens(self) -> int:
-        """Most tokens whose keys and values are held at once."""
-        return self.batches().peak_kv_tokens()
-
-    def slots(self, budget: Budget) -> int:
-        """The slots that *budget* buys for this model on this machine."""
-        slots = budget.resolve(self.model, self.profile, self.kv_tokens)
-        if self.setup.pool == "layer" and slots < self.model.layers * self.model.top_k:
-            raise InputError(
-                f"--pool layer: {slots} slots are fewer than top_k = {self.model.top_k} for each "
-                f"of {self.model.layers} layers, expected at least "
-                f"{self.model.layers * self.model.top_k}"
-            )
-        return slots
-
-    def context(self, slots: int, costs: Costs) -> Context:
-        """What a policy may know of a run with *slots* slots."""
-        model = self.model
-        return Context(
-            layers=model.layers,
-            experts=model.experts,
-            top_k=model.top_k,
-            slots=slots,
-            pool=self.setup.pool,
-            batch=self.setup.batch,
-            transfer_s=costs.queued_copy_s(costs.full_bytes),
-            transfer_low_s=costs.queued_copy_s(costs.low_bytes),
-            layer_s=costs.layer_s(),
-            expert_s=costs.expert_s(1),
-            seed=self.setup.seed,
-            has_weights=self.stored.has_weights,
-            training=self.training,
-        )
-
-    def expect_belady(self, slots: int, missed: Callable[[], int]) -> None:
-        """Let *missed* answer :meth:`belady_missed` when it is asked for *slots* slots."""
-        self._expected[slots] = missed
-
-    def belady_missed(self, slots: int) -> int:
-        """Moves of the best demand-only replay with *slots* slots in one global pool."""
-        if slots in self._expected:
-            self._belady[slots] = self._expected.pop(slots)()
-        if slots not in self._belady:
-            model = self.model
-            context = Context(model.layers, model.experts, model.top_k, slots)
-            planner = Planner(POLICIES.build("belady"), context)
-            with no_garbage_collection():
-                self._belady[slots] = run_counts(planner, self.future.steps())
-        return self._belady[slots]
-
-    def fewest_moves(self, slots: int) -> int:
-        """Moves that no exact policy which computes on the GPU alone can go below.
-
-        Belady's, where every event's demand fits. An event that runs in waves need not hold
-        its demand all at once and may keep up to *slots* other copies that Belady gives up.
-        """
-        share = slots // self.model.layers if self.setup.pool == "layer" else slots
-        return max(0, self.belady_missed(slots) - slots * self.future.events_over(share))
-
-    def check(self, policy_text: str, budget: Budget) -> None:
-        """Raise what :meth:`run` would raise before it starts."""
-        policy = POLICIES.build(policy_text)
-        self._columns(policy, self._forecaster(policy))
-        self.slots(budget)
+class Session(TraceSession):
+    """A trace on a machine, ready to be simulated under any policy and budget."""
 
     def run(
         self,
@@ -207,85 +25,17 @@ class Session:
         record: bool = False,
         spans: bool = False,
         watch: Callable[[Iterable[Step]], Iterable[Step]] = iter,
+        log: DecisionLog | None = None,
     ) -> tuple[Result, Recording | None]:
         """Simulate one policy; a recording comes along if asked for (*spans* for a timeline).
 
-        *watch* is handed the steps and passes them on: a progress bar.
+        *watch* is handed the steps and passes them on: a progress bar. *log* takes the
+        decisions, where more than their fingerprint is wanted.
         """
-        policy = POLICIES.build(policy_text)
-        forecaster = self._forecaster(policy)
-        columns = self._columns(policy, forecaster)
-        costs = Costs(self.profile, self.model, policy.low_bits)
-        slots = self.slots(budget)
-        context = self.context(slots, costs)
-        if policy.offline or "popularity" in policy.needs:
-            context = dataclasses.replace(context, popularity=self.future.popularity)
-        planner = Planner(
-            policy, context, forecaster, low_bytes_share=costs.low_bytes / costs.full_bytes
-        )
-        recording = Recording(context, with_spans=spans) if record or spans else None
-        world = World(planner, costs, depth=self.setup.depth, recording=recording)
-        batches = self.batches(columns)
-        source: Batches | Future = batches
-        if policy.offline:
-            source = Future(batches) if columns else self.future
-        if forecaster is not None and forecaster.offline:
-            forecaster.reveal(self.future.demand())
+        prepared = self.prepare(policy_text, budget, log=log)
+        planner = prepared.planner
+        recording = Recording(planner.context, with_spans=spans) if record or spans else None
+        world = World(planner, prepared.costs, depth=self.setup.depth, recording=recording)
         with no_garbage_collection():
-            world.run(watch(source.steps()))
-        result = result_of(self, world)
-        return result, recording
-
-    def curve(self, policy_text: str, slots: Sequence[int], max_steps: int) -> list[CurvePoint]:
-        """Missed ratio at several budgets, from replays of the first *max_steps* steps.
-
-        Without a clock, for policies that need neither forecast nor gate weights.
-        """
-        points = []
-        for size in slots:
-            policy = POLICIES.build(policy_text)
-            context = self.context(size, Costs(self.profile, self.model))
-            if "popularity" in policy.needs:
-                context = dataclasses.replace(context, popularity=self.future.popularity)
-            planner = Planner(policy, context)
-            source = self.future if policy.offline else self.batches()
-            missed = run_counts(planner, islice(source.steps(), max_steps))
-            points.append((size, missed / max(planner.counts["accesses"], 1)))
-        return points
-
-    def _forecaster(self, policy: Policy) -> Forecaster | None:
-        """The forecaster that was asked for, or the best that the trace allows."""
-        if not policy.forecasts:
-            return None
-        name = self.setup.forecaster
-        if name is None:
-            name = "ahead" if self.stored.ahead_depth else "markov"
-        return FORECASTERS.build(name)
-
-    def _columns(self, policy: Policy, forecaster: Forecaster | None) -> frozenset[str]:
-        """Columns of the trace that the plug-ins need; what it lacks is an input error."""
-        have = {
-            "weights": self.stored.has_weights,
-            "tokens": self.stored.has_tokens,
-            "ahead": self.stored.ahead_depth > 0,
-            "training": self.training is not None,
-            "popularity": True,
-        }
-        names = {"weights": ["weights"], "tokens": ["token"]}
-        names["ahead"] = [f"ahead_{d + 1}" for d in range(self.stored.ahead_depth)]
-        columns: set[str] = set()
-        for kind, plugin in (("policy", policy), ("forecaster", forecaster)):
-            for need in plugin.needs if plugin is not None else ():
-                if need not in have:
-                    raise InputError(
-                        f"{kind} {plugin.name!r} needs {need!r}, expected any of "  # type: ignore[union-attr]
-                        + ", ".join(have)
-                    )
-                if not have[need]:
-                    where = "--train FILE" if need == "training" else self.setup.trace
-                    raise InputError(
-                        f"{where}: {kind} {plugin.name!r} needs {need}, expected "  # type: ignore[union-attr]
-                        + ("a training trace" if need == "training" else f"a trace with {need}")
-                    )
-                columns.update(names.get(need, ()))
-        return frozenset(columns)
+            world.run(watch(prepared.steps()))
+        return result_of(self, world), recording

@@ -14,12 +14,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 import simpy
 
 from policies.base import Service, Substitute
+from policies.costs import Costs
 from policies.moves import Move
 from policies.planner import NOTHING, Plan, Planner, blame
 from policies.recording import Recording
 from policies.result import CAUSES
 from policies.routing import DECODE, Routing, Step
-from sim.costs import Costs
 from sim.link import Link
 from sim.observer import Observer
 
@@ -31,6 +31,8 @@ class World:
     time is split without rest: ``attention_s + experts_s + host_s + stall_demand_s +
     stall_late_s + idle_s`` is the total.
     """
+
+    kind = "sim"
 
     def __init__(
         self,

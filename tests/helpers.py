@@ -11,6 +11,7 @@ import pytest
 
 from policies.base import Context, Forecaster, Policy
 from policies.batching import Batches
+from policies.costs import Costs
 from policies.decisions import DecisionLog
 from policies.future import Future
 from policies.hardware import (
@@ -29,7 +30,6 @@ from policies.registry import POLICIES
 from policies.routing import Routing
 from policies.testing import EXPERT_BYTES, example_model, example_trace
 from policies.training import learn
-from sim.costs import Costs
 from sim.world import World
 from traces.model import ModelSpec
 from traces.store import open_trace

@@ -10,10 +10,10 @@ from collections.abc import Generator, Iterable, Sequence
 
 import simpy
 
+from policies.costs import Costs
 from policies.moves import Move
 from policies.planner import Planner
 from policies.routing import Routing, Step
-from sim.costs import Costs
 
 Flow = Generator[simpy.Event, object, None]
 

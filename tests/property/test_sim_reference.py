@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from policies.base import Context, Forecaster, Policy
 from policies.batching import Batches
+from policies.costs import Costs
 from policies.decisions import DecisionLog
 from policies.forecasters.oracle import Oracle
 from policies.future import Future
 from policies.hardware import HardwareProfile
 from policies.planner import Planner
 from policies.registry import POLICIES
-from sim.costs import Costs
 from sim.world import World
 from tests.helpers import machine, random_trace
 from tests.helpers_world import Machine

@@ -17,8 +17,9 @@ import click
 import pytest
 
 import simctl
-from sim.budget import Budget
-from sim.session import Session, Setup
+from policies.budget import Budget
+from policies.session import Setup
+from sim.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from policies.budget import Budget
+from policies.costs import Costs
 from policies.future import Future
 from policies.planner import Planner, run_counts
 from policies.registry import FORECASTERS, POLICIES
+from policies.session import Setup
 from policies.testing import example_trace
-from sim.budget import Budget
-from sim.costs import Costs
-from sim.session import Session, Setup
+from sim.session import Session
 from tests.helpers import SAMPLES
 from traces.errors import InputError
 from traces.store import write_trace

@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from policies.costs import Costs
 from policies.planner import Planner
 from policies.registry import values_of
 from policies.result import CAUSES, Result
-from sim.world import World
 
 if TYPE_CHECKING:
-    from sim.session import Session
+    from policies.session import TraceSession
 
 
-def result_of(session: Session, world: World) -> Result:
+class Carried(Protocol):
+    """What a finished world tells of its host-to-device link; its length is what still waits."""
+
+    busy_s: float
+    demand_bytes: int
+    prefetch_bytes: int
+    cancelled: int
+
+    def __len__(self) -> int: ...
+
+
+class World(Protocol):
+    """What a finished world tells of its run, in seconds and counts.
+
+    *kind* is the world's name in a result. *parts_s* splits the total by
+    :data:`policies.result.CAUSES`; *decode_parts_s* sums that over the decode steps, each
+    counted once for each of its tokens.
+    """
+
+    kind: str
+    planner: Planner
+    costs: Costs
+    steps: int
+    accesses: int
+    late: int
+    decode_tokens: int
+    prefill_tokens: int
+    prefill_s: float
+
+    @property
+    def decode_step_s(self) -> Sequence[float]: ...
+
+    @property
+    def decode_step_tokens(self) -> Sequence[int]: ...
+
+    @property
+    def decode_parts_s(self) -> Sequence[float]: ...
+
+    @property
+    def link(self) -> Carried: ...
+
+    @property
+    def total_s(self) -> float: ...
+
+    @property
+    def parts_s(self) -> Sequence[float]: ...
+
+    @property
+    def compute_bound_s(self) -> float: ...
+
+
+def result_of(session: TraceSession, world: World) -> Result:
     """The result of *world*, which ran a policy of *session*."""
     planner = world.planner
     setup, model = session.setup, session.model
@@ -29,7 +81,7 @@ def result_of(session: Session, world: World) -> Result:
         policy=_policy(planner),
         model=model.to_dict() | {"routing": session.stored.model.name, "sizes": setup.sizes or ""},
         hardware={"name": session.profile.name, "kind": session.profile.kind},
-        world="sim",
+        world=world.kind,
         slots=slots,
         pool=setup.pool,
         batch=setup.batch,
@@ -143,8 +195,8 @@ def _per_token(world: World) -> dict[str, float]:
     return {c: part / tokens for c, part in zip(CAUSES, world.decode_parts_s, strict=True)}
 
 
-def _memory(session: Session, world: World) -> dict[str, float]:
-    """Bytes on the GPU, and the share saved against holding every expert there."""
+def _memory(session: TraceSession, world: World) -> dict[str, float]:
+    """Bytes that the GPU must hold, and the share saved against holding every expert there."""
     model = session.model
     slots = world.planner.context.slots * model.expert_bytes
     experts = model.total_experts * model.expert_bytes

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from policies.budget import Budget, parse_bytes
 from policies.hardware import HardwareProfile, load_profile
 from policies.testing import example_model
-from sim.budget import Budget, parse_bytes
 from tests.helpers import machine
 from traces.errors import InputError
 
