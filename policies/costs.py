@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.graph_costs import GraphCosts
 from policies.hardware import HardwareProfile
 from traces.model import ModelSpec
 
@@ -11,7 +12,8 @@ class Costs:
 
     GPU work follows a roofline with launch costs (Williams et al. 2009): the larger of bytes
     over memory bandwidth and operations over peak rate, never less than its kernels take.
-    Host work is serial: a launch per kernel, a wait per gate, an issue per copy.
+    Host work is serial: a launch per kernel, a wait per gate, an issue per copy. *graph* has
+    the costs of decode steps where the profile says that they run as captured graphs.
     """
 
     def __init__(self, profile: HardwareProfile, model: ModelSpec, low_bits: int = 4) -> None:
@@ -28,11 +30,23 @@ class Costs:
         self.issue_alone_s = profile.expert.kernels * host.kernel_launch_s
         self.least_alone_s = profile.expert.kernels * profile.gpu.kernel_min_s
         self.sync_s = host.gate_sync_s
-        self.event_s = host.event_s
+        #: Policy and planner per event: of the policy that needs least, for bounds.
+        self.least_event_s = min((host.event_s, *host.policy_event_s.values()))
         self.copy_issue_s = host.copy_issue_s
         self.step_s = host.step_s
+        self.graph = GraphCosts(profile, model) if host.graph_launch_s else None
         self._experts: dict[int, float] = {}
         self._attention: dict[tuple[int, int], float] = {}
+
+    def event_s(self, policy: str = "") -> float:
+        """Host seconds that *policy* and the planner take per event; '' for any policy."""
+        host = self.profile.host
+        return host.policy_event_s.get(policy, host.event_s)
+
+    def move_s(self, policy: str = "") -> float:
+        """Host seconds that *policy* and the planner take per move, its issue aside."""
+        host = self.profile.host
+        return host.policy_move_s.get(policy, host.move_s)
 
     def idle_copy_s(self, size_bytes: int) -> float:
         """One host-to-device copy into an idle engine."""
@@ -81,9 +95,16 @@ class Costs:
         least = self.profile.software.attention_kernels * gpu.kernel_min_s
         return max(least, reads / gpu.memory_bytes_per_s, flops / gpu.bf16_flops_per_s)
 
-    def layer_s(self) -> float:
-        """One layer of a one-token step with everything resident, host or GPU bound."""
+    def layer_s(self, policy: str = "") -> float:
+        """One layer of a one-token decode step with everything resident.
+
+        Eager, it is bound by host or GPU; as a captured graph, both take their turns.
+        """
         count = self.model.top_k
-        gate = max(self.attention_s(1, 1), self.issue_gate_s)
-        work = max(count * self.expert_s(1), *self.group_s[count])
-        return gate + self.sync_s + self.event_s + work
+        if self.graph is not None:
+            gate = self.graph.attention_s(1, 1)
+            work = self.graph.launch_s + count * self.graph.expert_s(1)
+        else:
+            gate = max(self.attention_s(1, 1), self.issue_gate_s)
+            work = max(count * self.expert_s(1), *self.group_s[count])
+        return gate + self.sync_s + self.event_s(policy) + work

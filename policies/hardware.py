@@ -31,6 +31,9 @@ KINDS = ("measured", "datasheet")
 #: The sections whose every figure needs a source.
 FIGURES = ("gpu", "link", "host", "software", "expert", "cpu")
 
+#: The key of ``software.layer_floor_s`` for every family that is not named.
+ANY_FAMILY = "any"
+
 MATMUL_WEIGHT_FLOPS = 2
 SWIGLU_MATRICES = 3
 
@@ -92,6 +95,8 @@ class Gpu:
     """What the GPU reaches: memory and dense bf16 rates are achievable ones, not peaks.
 
     *kernel_min_s* is the shortest time that one kernel takes up in a stream without host delays.
+    *workspace_bytes* is what a run allocates besides slots, dense weights and key-value cache:
+    workspaces of libraries, pools of captured graphs.
     """
 
     name: str
@@ -99,6 +104,7 @@ class Gpu:
     memory_bytes_per_s: float
     bf16_flops_per_s: float
     kernel_min_s: float
+    workspace_bytes: int = field(default=0, metadata={"least": 0})
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,12 @@ class Host:
     *copy_issue_s* per copy, *kernel_launch_s* per kernel with the framework's overhead,
     *gate_sync_s* from a gate's last kernel until the host has its answer, *event_s* for policy
     and planner per event, *step_s* for a step's work outside its layers.
+
+    *graph_launch_s* is the time of one graph replay, until its first kernel may run; above 0,
+    decode steps run as captured graphs, one from each gate to the next. *table_update_s* then
+    is the launch that tells the graph where moved experts lie. *policy_event_s* says for some
+    policies what *event_s* says for all, *policy_move_s* the same for *move_s*: the planner's
+    time for each move.
     """
 
     copy_issue_s: float
@@ -116,6 +128,15 @@ class Host:
     event_s: float
     step_s: float
     pinned_alloc_bytes_per_s: float
+    graph_launch_s: float = field(default=0.0, metadata={"least": 0})
+    table_update_s: float = field(default=0.0, metadata={"least": 0})
+    move_s: float = field(default=0.0, metadata={"least": 0})
+    policy_event_s: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"least": 0}
+    )
+    policy_move_s: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"least": 0}
+    )
 
 
 @dataclass(frozen=True)
@@ -124,12 +145,21 @@ class Software:
 
     *attention_kernels* come before the gate's answer is known; then *expert_kernels_fixed* for
     every group of experts computed together, and *expert_kernels_each* for each of the group.
+
+    Where decode steps are captured graphs: *layer_floor_s*, by model family, are the GPU
+    seconds of one layer for one token if its weights took no time to read (``any``: families
+    not named); *dense_efficiency* is the share of the GPU's memory rate at which what is not
+    an expert is read.
     """
 
     name: str
     attention_kernels: int = field(metadata={"least": 0})
     expert_kernels_fixed: int = field(metadata={"least": 0})
     expert_kernels_each: int = field(metadata={"least": 0})
+    layer_floor_s: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"least": 0}
+    )
+    dense_efficiency: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -138,12 +168,14 @@ class ExpertModel:
 
     *kernels* when it is computed alone; *memory_efficiency*, the share of the GPU's memory rate
     at which its weights are read; *activation_passes*, how many vectors of its mean width a
-    token reads and writes.
+    token reads and writes. *fused_efficiency* is the share where captured graphs read all
+    experts of an event in place; 0 means as *memory_efficiency*.
     """
 
     kernels: int
     memory_efficiency: float
     activation_passes: float
+    fused_efficiency: float = field(default=0.0, metadata={"least": 0})
 
 
 @dataclass(frozen=True)
@@ -195,13 +227,20 @@ class HardwareProfile:
     measurement: Measurement | None = None
     expert_rows: tuple[ExpertRow, ...] = ()
 
-    def roofline_s(self, read_bytes: float, flops: float, activation_bytes: float = 0.0) -> float:
+    def roofline_s(
+        self,
+        read_bytes: float,
+        flops: float,
+        activation_bytes: float = 0.0,
+        efficiency: float = 0.0,
+    ) -> float:
         """GPU seconds to read *read_bytes* of weights and do *flops* on them, launches aside.
 
         Reading and computing overlap only in part, which the root of squares expresses.
+        *efficiency* is the share of the memory rate, 0 for that of an expert alone.
         """
         rate = self.gpu.memory_bytes_per_s
-        read_s = read_bytes / (self.expert.memory_efficiency * rate)
+        read_s = read_bytes / ((efficiency or self.expert.memory_efficiency) * rate)
         compute_s = flops / self.gpu.bf16_flops_per_s + activation_bytes / rate
         return math.hypot(read_s, compute_s)
 
@@ -241,13 +280,15 @@ class HardwareProfile:
         """Every field as plain values, for JSON."""
         return dataclasses.asdict(self)
 
-    def expert_roofline_s(self, expert_bytes: float, flops_per_token: float, tokens: int) -> float:
+    def expert_roofline_s(
+        self, expert_bytes: float, flops_per_token: float, tokens: int, efficiency: float = 0.0
+    ) -> float:
         """GPU seconds of one expert's reads and operations, launches aside."""
         weights = flops_per_token / MATMUL_WEIGHT_FLOPS
         mean_width = math.sqrt(weights / SWIGLU_MATRICES)
         bytes_per_value = expert_bytes / weights
         passes = self.expert.activation_passes * mean_width * bytes_per_value
-        return self.roofline_s(expert_bytes, flops_per_token * tokens, passes * tokens)
+        return self.roofline_s(expert_bytes, flops_per_token * tokens, passes * tokens, efficiency)
 
 
 def profile_names() -> list[str]:
@@ -291,6 +332,12 @@ def _check(profile: HardwareProfile, where: str) -> None:
     if (profile.kind == "measured") != (profile.measurement is not None):
         raise InputError(f"{where}: [measurement] belongs to kind 'measured' and to no other")
     _check_sources(profile, where)
+    if profile.host.graph_launch_s and not profile.software.layer_floor_s:
+        raise InputError(
+            f"{where}: host.graph_launch_s is given, expected software.layer_floor_s as well"
+        )
+    if profile.software.layer_floor_s and ANY_FAMILY not in profile.software.layer_floor_s:
+        raise InputError(f"{where}: key 'software.layer_floor_s.{ANY_FAMILY}' is missing")
     for way, direction in (("h2d", profile.link.h2d), ("d2h", profile.link.d2h)):
         for size in direction.queued.sizes_bytes:
             if direction.copy_s(size, queued=True) > 1.01 * direction.copy_s(size, queued=False):

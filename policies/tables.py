@@ -40,7 +40,7 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
         if name in values:
             least = spec.metadata.get("least")
             made[name] = _value(hints[name], values[name], where, _join(prefix, name), least)
-        elif spec.default is dataclasses.MISSING:
+        elif not _has_default(spec):
             raise InputError(f"{where}: key '{_join(prefix, name)}' is missing")
     try:
         return cls(**made)
@@ -49,15 +49,32 @@ def build(cls: type[T], values: Any, where: str, prefix: str = "") -> T:
 
 
 def leaves(thing: Any, names: Iterable[str] | None = None, prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all plain fields of dataclass *thing*, or of its fields *names* only."""
+    """Dotted paths of all plain fields of dataclass *thing*, or of its fields *names* only.
+
+    An optional field that is not given, or given as its default, is left out. A table of
+    numbers by free names is one leaf.
+    """
     for field in dataclasses.fields(thing):
         if names is not None and field.name not in names:
             continue
         value, path = getattr(thing, field.name), _join(prefix, field.name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, prefix=path)
-        else:
+        elif not (_has_default(field) and value == _default(field)):
             yield path
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return (
+        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """What *field* holds when nothing is given; it must have a default."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _value(hint: Any, value: Any, where: str, key: str, least: float | None) -> Any:

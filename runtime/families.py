@@ -15,6 +15,9 @@ from traces.model import ModelSpec
 #: (router, logits [T, E]) -> the scores [T, E] by which that router ranks its experts.
 Scores = Callable[[Any, Tensor], Tensor]
 
+#: Experts that phimoe's sparse mixer chooses for a token, whatever its configuration says.
+PHIMOE_TOP_K = 2
+
 
 def _by_logit(router: Any, logits: Tensor) -> Tensor:
     """Softmax keeps the order, so the logits rank as well as the probabilities."""
@@ -49,36 +52,69 @@ def _deepseek_v3(router: Any, logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a decoder block keeps its *router*, and how that router ranks experts."""
+    """Where a decoder layer keeps its MoE *block* and that its *router*; how the router ranks."""
 
+    block: str
     router: str
     scores: Scores
 
 
 FAMILIES = {
-    "mixtral": Family("gate", _by_logit),
-    "qwen3_moe": Family("gate", _by_logit),
-    "olmoe": Family("gate", _by_logit),
-    "deepseek_v2": Family("gate", _deepseek_v2),
-    "deepseek_v3": Family("gate", _deepseek_v3),
-    "gpt_oss": Family("router", _by_logit),
+    "mixtral": Family("mlp", "gate", _by_logit),
+    "qwen2_moe": Family("mlp", "gate", _by_logit),
+    "qwen3_moe": Family("mlp", "gate", _by_logit),
+    "olmoe": Family("mlp", "gate", _by_logit),
+    "deepseek_v2": Family("mlp", "gate", _deepseek_v2),
+    "deepseek_v3": Family("mlp", "gate", _deepseek_v3),
+    "gpt_oss": Family("mlp", "router", _by_logit),
+    "granitemoe": Family("block_sparse_moe", "router", _by_logit),
+    # Its sparse mixer takes the best logit twice, so that its two choices are the best two.
+    "phimoe": Family("mlp", "router", _by_logit),
+    "glm4_moe": Family("mlp", "gate", _deepseek_v3),
 }
+
+#: What a router returns: logits [T, E], weights [T, k], experts int64 [T, k].
+Routed = tuple[Tensor, Tensor, Tensor]
+
+
+def _index_first(output: Routed) -> bool:
+    """Whether *output* is (experts, weights, logits): transformers 5.17 had granite's so."""
+    return not output[0].is_floating_point()
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One MoE layer: the *router* module, the *experts* module it feeds, and its ranking."""
+    """One MoE layer: its modules, its shape, and how it ranks experts.
 
+    The *decoder* layer contains the MoE *block*, the block the *router* and the *experts*
+    module that it feeds. *top_k* of *num_experts* experts serve a token of *hidden* values.
+    """
+
+    decoder: Any
+    block: Any
     router: Any
     experts: Any
     scores: Scores
+    top_k: int
+    num_experts: int
+    hidden: int
 
-    def falling(self, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def parts(self, output: Routed) -> Routed:
+        """Logits [T, E], weights [T, k] and experts [T, k] of a router's *output*."""
+        return (output[2], output[1], output[0]) if _index_first(output) else output
+
+    def replaced(self, output: Routed, weights: Tensor, experts: Tensor) -> Routed:
+        """A router's *output* with other *weights* [T, k] and *experts* [T, k]."""
+        if _index_first(output):
+            return experts, weights, output[2]
+        return output[0], weights, experts
+
+    def falling(self, output: Routed) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, k] and weights [T, k] of a router's *output*, by falling weight.
 
         Some families return their choice unsorted.
         """
-        _, weights, experts = output
+        _, weights, experts = self.parts(output)
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
         return experts.gather(1, order), weights
 
@@ -93,7 +129,8 @@ class Gate:
         more = width - chosen.shape[1]
         if more <= 0:
             return chosen[:, :width]
-        rest = self.scores(self.router, output[0]).scatter(1, chosen, float("-inf"))
+        logits = self.parts(output)[0]
+        rest = self.scores(self.router, logits).scatter(1, chosen, float("-inf"))
         return torch.cat([chosen, rest.topk(more, dim=-1).indices], dim=1)
 
 
@@ -107,22 +144,48 @@ def check_family(model_type: str, where: str) -> Family:
     return FAMILIES[model_type]
 
 
+def _gate(decoder: Any, family: Family, config: Any, where: str) -> Gate | None:
+    """The gate of one *decoder* layer, None for a dense one."""
+    block = getattr(decoder, family.block, None)
+    router = getattr(block, family.router, None)
+    experts = getattr(block, "experts", None)
+    if block is None or router is None or experts is None:
+        return None
+    # Set by the decorator that lets transformers choose how experts are computed.
+    if not hasattr(experts, "is_transposed"):
+        raise InputError(
+            f"{where}: {type(experts).__name__} has no exchangeable forward, "
+            "expected transformers' experts interface"
+        )
+    return Gate(
+        decoder=decoder,
+        block=block,
+        router=router,
+        experts=experts,
+        scores=family.scores,
+        top_k=int(router.top_k),
+        num_experts=int(experts.num_experts),
+        hidden=int(config.hidden_size),
+    )
+
+
 def find_gates(model: Any) -> list[Gate]:
     """The gates of *model* in MoE-layer order; dense layers between them do not count."""
     where = type(model).__name__
     family = check_family(model.config.model_type, where)
-    gates = []
-    for layer in model.base_model.layers:
-        router = getattr(layer.mlp, family.router, None)
-        experts = getattr(layer.mlp, "experts", None)
-        if router is not None and experts is not None:
-            gates.append(Gate(router, experts, family.scores))
+    found = (_gate(layer, family, model.config, where) for layer in model.base_model.layers)
+    gates = [gate for gate in found if gate is not None]
     if not gates:
         raise InputError(f"{where}: no MoE layer found, expected at least one")
-    shapes = {(gate.experts.num_experts, gate.router.top_k) for gate in gates}
+    shapes = {(gate.num_experts, gate.top_k) for gate in gates}
     if len(shapes) > 1:
         raise InputError(
             f"{where}: layers differ in (experts, top_k): {sorted(shapes)}, expected one shape"
+        )
+    if model.config.model_type == "phimoe" and gates[0].top_k != PHIMOE_TOP_K:
+        raise InputError(
+            f"{where}: {gates[0].top_k} experts per token, expected {PHIMOE_TOP_K}: "
+            "its sparse mixer chooses no other number"
         )
     return gates
 
@@ -150,15 +213,14 @@ def model_spec(model: Any, name: str) -> ModelSpec:
     once, shared experts and gates among them.
     """
     gates = find_gates(model)
-    experts, router = gates[0].experts, gates[0].router
-    count, hidden = int(experts.num_experts), int(router.hidden_dim)
+    experts, count, hidden = gates[0].experts, gates[0].num_experts, gates[0].hidden
     routed = [sum(p.numel() for p in gate.experts.parameters()) for gate in gates]
     dtype = experts.down_proj.dtype
     return ModelSpec(
         name=name,
         layers=len(gates),
         experts=count,
-        top_k=int(router.top_k),
+        top_k=gates[0].top_k,
         hidden=hidden,
         intermediate=experts.down_proj.numel() // (count * hidden),
         expert_params=routed[0] // count,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +18,10 @@ from transformers.utils import logging
 from runtime.families import check_family
 from traces.errors import InputError
 from traces.model import DTYPE_BYTES
+
+#: ``organisation/model``: what may be asked of the hub when there is no such folder.
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -59,10 +65,33 @@ def quantisation(config: Any, where: str) -> dict[str, Any]:
     return {"quantization_config": Mxfp4Config(dequantize=True)}
 
 
-def load_model(folder: Path, dtype: str = "auto", device: str = "auto") -> Any:
-    """The causal language model in *folder*, in evaluation mode on *device*."""
+def check_dtype(dtype: str) -> None:
+    """Refuse a *dtype* that is neither ``auto`` nor a floating type weights can have."""
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPE_BYTES)}")
+
+
+def find_folder(name: Path | str) -> Path:
+    """The folder *name*, or the one into which the hub's model *name* is downloaded.
+
+    A model that is already in the hub's cache needs no network.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not _HUB_NAME.fullmatch(str(name)):
+        raise InputError(f"{name}: not found, expected a model folder or a name on the hub")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=_MODEL_FILES))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name}: no such folder, and not to be had from the hub: {_one_line(error)}"
+        ) from None
+
+
+def load_model(folder: Path, dtype: str = "auto", device: str = "auto") -> Any:
+    """The causal language model in *folder*, in evaluation mode on *device*."""
+    check_dtype(dtype)
     options = quantisation(read_config(folder), str(folder))
     target = pick_device(device)
     if not sys.stderr.isatty():

@@ -1,0 +1,104 @@
+"""What a decode step costs as captured graphs, cut at every gate: seconds on one machine.
+
+One graph holds the experts of a layer, read in place, and everything of the next layer up to
+its gate. Its kernels run one after the other, so the time that small kernels need whatever
+they read (the floor) and the time of reading weights and key-value cache add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies.hardware import ANY_FAMILY, HardwareProfile
+from traces.model import ModelSpec
+from traces.sizes import Dimensions, dimensions, size_names
+
+#: A part of a model's name -> its family, the most special first.
+_FAMILY_BY_NAME = (
+    ("mixtral", "mixtral"),
+    ("qwen1.5-moe", "qwen2_moe"),
+    ("qwen2", "qwen2_moe"),
+    ("qwen3", "qwen3_moe"),
+    ("olmoe", "olmoe"),
+    ("deepseek-v2", "deepseek_v2"),
+    ("deepseek-v3", "deepseek_v3"),
+    ("gpt-oss", "gpt_oss"),
+    ("granite", "granitemoe"),
+    ("phi", "phimoe"),
+    ("glm", "glm4_moe"),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model's name tells: its *family*, and how its dense weights are spread.
+
+    *head_params* are read once a step; *idle_params*, an embedding that is no head as well,
+    are looked up by row and hardly read. The rest belongs to the layers.
+    """
+
+    family: str = ANY_FAMILY
+    head_params: int = 0
+    idle_params: int = 0
+
+
+def sizes_name(model: ModelSpec) -> str:
+    """The name of the model whose sizes *model* has: its own, or what ``--sizes`` gave."""
+    name = model.name.removesuffix(" sizes")
+    return name.rpartition(" routing with ")[2]
+
+
+def facts_of(model: ModelSpec) -> Facts:
+    """What the name of *model* tells; a name that is not known tells nothing."""
+    name = sizes_name(model).lower()
+    family = next((family for part, family in _FAMILY_BY_NAME if part in name), ANY_FAMILY)
+    if name not in size_names():
+        return Facts(family)
+    dims = dimensions(name)
+    head = _vocabulary_params(dims, model)
+    return Facts(family, head, 0 if dims.tied else head)
+
+
+def _vocabulary_params(dims: Dimensions, model: ModelSpec) -> int:
+    """Weights of the head, shared out over the layers as :func:`traces.sizes.resize` does."""
+    return round(dims.vocabulary * dims.hidden * model.layers / dims.layers)
+
+
+class GraphCosts:
+    """Seconds of a decode step's parts as captured graphs for one model.
+
+    *launch_s* and *table_update_s* are host time, everything else the GPU's.
+    """
+
+    def __init__(self, profile: HardwareProfile, model: ModelSpec) -> None:
+        self.profile, self.model = profile, model
+        self.launch_s = profile.host.graph_launch_s
+        self.table_update_s = profile.host.table_update_s
+        software, facts = profile.software, facts_of(model)
+        floors = software.layer_floor_s
+        self.floor_s = floors.get(facts.family, floors.get(ANY_FAMILY, 0.0))
+        self._read_rate = software.dense_efficiency * profile.gpu.memory_bytes_per_s
+        in_layers = max(model.dense_params - facts.head_params - facts.idle_params, 0)
+        self._layer_params = in_layers / model.layers
+        #: The head, once a step.
+        self.head_s = facts.head_params * model.param_bytes / self._read_rate
+        self._efficiency = profile.expert.fused_efficiency
+        self._experts: dict[int, float] = {}
+
+    def attention_s(self, tokens: int, kv_tokens: int) -> float:
+        """One layer without its routed experts; *kv_tokens* as in ``Costs.attention_s``."""
+        model = self.model
+        kv_bytes = kv_tokens * model.kv_bytes_per_token / model.layers
+        read_s = (self._layer_params * model.param_bytes + kv_bytes) / self._read_rate
+        flops = 2 * self._layer_params * tokens + 4 * model.hidden * kv_tokens
+        return self.floor_s + max(read_s, flops / self.profile.gpu.bf16_flops_per_s)
+
+    def expert_s(self, tokens: int) -> float:
+        """What one expert of *tokens* tokens adds to an event."""
+        seconds = self._experts.get(tokens)
+        if seconds is None:
+            model = self.model
+            seconds = self._experts[tokens] = self.profile.expert_roofline_s(
+                model.expert_bytes, 2 * model.expert_params, tokens, self._efficiency
+            )
+        return seconds

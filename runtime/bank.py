@@ -1,0 +1,147 @@
+"""The slot bank: a fixed number of expert slots on the device, and the table that finds them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.errors import OffloadError
+from runtime.layout import ExpertLayout, LowLayout
+
+#: Changes of the table that may be on their way to the device at once.
+RING = 1 << 14
+
+#: Table entry of an expert that this event does not compute on the device.
+ABSENT = -1
+
+
+class SlotBank:
+    """Slots for *full* experts at full precision and *low* ones at low precision.
+
+    Slot numbers are the ledger's: full ones first. Allocated once, so that no run can exceed
+    its budget.
+    """
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        full: int,
+        device: torch.device,
+        *,
+        low_layout: LowLayout | None = None,
+        low: int = 0,
+    ) -> None:
+        self.layout, self.low_layout = layout, low_layout
+        self.full_slots, self.low_slots = full, low
+        self.full = _allocate(full, layout.stride_bytes, device)
+        self.low: Tensor | None = None
+        if low and low_layout is not None:
+            self.low = _allocate(low, low_layout.stride_bytes, device)
+        size = layout.size_bytes
+        self._targets = [row[:size] for row in self.full.unbind(0)]
+        if self.low is not None and low_layout is not None:
+            self._targets += [row[: low_layout.size_bytes] for row in self.low.unbind(0)]
+
+    @property
+    def size_bytes(self) -> int:
+        """Device memory taken."""
+        return self.full.numel() + (0 if self.low is None else self.low.numel())
+
+    def target(self, slot: int) -> Tensor:
+        """Where the bytes of the copy in *slot* go, uint8 [size_bytes]."""
+        return self._targets[slot]
+
+    def free(self) -> None:
+        """Give the memory back; nothing can be copied or computed any more."""
+        empty = torch.empty(0, dtype=torch.uint8)
+        self.full, self.low, self._targets = empty, None, []
+
+    def views(self) -> Mapping[str, Tensor]:
+        """Parts of the full-precision slots, each [full_slots, *shape]."""
+        return self.layout.views(self.full)
+
+
+def _allocate(count: int, stride_bytes: int, device: torch.device) -> Tensor:
+    try:
+        return torch.zeros(count, stride_bytes, dtype=torch.uint8, device=device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if device.type != "cuda" and "alloc" not in str(error):
+            raise
+        free = ""
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free = f" ({torch.cuda.mem_get_info(device)[0] / 2**30:.2f} GiB are free)"
+        raise OffloadError(
+            f"{count} slots of {stride_bytes / 2**20:.1f} MiB need "
+            f"{count * stride_bytes / 2**30:.2f} GiB on {device}{free}: out of memory, expected "
+            "room for them; give fewer slots"
+        ) from None
+
+
+class ExpertTable:
+    """For every expert the slot that an event reads it from, int32 [layers, experts].
+
+    The table lies on the device. :meth:`set` notes a change, :meth:`flush` hands all of them
+    to the computing lane in one go, read there from pinned host memory.
+    """
+
+    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
+        self.device = device
+        self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
+        self._flat = self.slots.view(-1)
+        self._now = np.full(layers * experts, ABSENT, dtype=np.int32)
+        self._changed: dict[int, int] = {}
+        self._ring = torch.zeros(RING, 2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._pairs = self._ring.numpy()
+        self._next = 0
+        self._kernel: Any = None
+
+    def set(self, expert: int, slot: int) -> None:
+        """*expert* is to be read from *slot* from the next flush on."""
+        self._changed[expert] = slot
+
+    def slot(self, expert: int) -> int:
+        """What the table says of *expert*, changes not yet flushed included."""
+        return self._changed.get(expert, int(self._now[expert]))
+
+    def flush(self) -> bool:
+        """Apply the noted changes in the computing lane; whether there were any."""
+        changed = {e: s for e, s in self._changed.items() if self._now[e] != s}
+        self._changed.clear()
+        if not changed:
+            return False
+        pairs = np.array(list(changed.items()), dtype=np.int32)
+        self._now[pairs[:, 0]] = pairs[:, 1]
+        for first in range(0, len(pairs), RING // 4):
+            self._send(pairs[first : first + RING // 4])
+        return True
+
+    def _send(self, pairs: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        count = len(pairs)
+        if self._next + count > RING:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            self._next = 0
+        first, self._next = self._next, self._next + count
+        self._pairs[first : first + count] = pairs
+        rows = self._ring[first : first + count]
+        if self.device.type == "cuda" and self._scatter(rows, count):
+            return
+        rows = rows.to(self.device, non_blocking=True)
+        self._flat[rows[:, 0].long()] = rows[:, 1]
+
+    def _scatter(self, rows: Tensor, count: int) -> bool:
+        """One kernel that reads *rows* over the link itself, past the queue of the copies."""
+        if self._kernel is None:
+            if not importlib.util.find_spec("triton"):
+                return False
+            from runtime.scatter import scatter
+
+            self._kernel = scatter
+        self._kernel(self._flat, rows, count)
+        return True

@@ -1,0 +1,128 @@
+"""The link in the real world: carries moves to their slots, demand before prefetch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from policies.moves import Move, MoveQueue
+from runtime.bank import SlotBank
+from runtime.lanes import Lanes, Mark
+from runtime.store import HostStore
+
+
+class Copied:
+    """One copy that was issued: what moved and the marks around it."""
+
+    __slots__ = ("begin", "end", "move")
+
+    def __init__(self, move: Move, begin: Mark, end: Mark) -> None:
+        self.move, self.begin, self.end = move, begin, end
+
+
+class Copier:
+    """Issues copies from the store to the bank in the order of the world's queue.
+
+    Demand is issued at once; prefetches wait in a queue of which at most *depth* copies are
+    on their way, so that demand overtakes them (what is issued cannot be called back). The
+    host moves the queue on whenever it calls :meth:`poll`.
+    """
+
+    def __init__(self, store: HostStore, bank: SlotBank, lanes: Lanes, depth: int = 2) -> None:
+        self._bank, self._lanes, self._depth = bank, lanes, depth
+        self._source = store.full, store.low
+        self._total = len(store)
+        self._queue = MoveQueue()
+        self._flying: deque[Copied] = deque()
+        self._size = store.layout.size_bytes
+        low = store.low_layout
+        self._low_size = 0 if low is None else low.size_bytes
+        #: Prefetches not yet known to have landed, by copy.
+        self.pending: dict[int, Move] = {}
+        self._marks: dict[int, Mark] = {}
+        self.demand_bytes = self.prefetch_bytes = 0
+        self.cancelled = 0
+        self.busy_s = 0.0
+        #: Copies issued since somebody last emptied this list.
+        self.issued: list[Copied] = []
+
+    def __len__(self) -> int:
+        """Moves waiting in the software queue."""
+        return len(self._queue)
+
+    def demand(self, moves: Iterable[Move]) -> None:
+        """Issue missed experts at once; their slots are free of readers."""
+        for move in moves:
+            if self.pending:
+                self._drop(move.victim)
+            self._issue(move)
+
+    def prefetch(self, moves: Iterable[Move]) -> None:
+        """Queue moves for later events."""
+        for move in moves:
+            self._drop(move.victim)
+            self.pending[move.copy] = move
+            self._queue.push(move)
+        self.poll()
+
+    def poll(self) -> None:
+        """Issue what may be issued now and forget what has landed."""
+        flying, passed = self._flying, self._lanes.passed
+        while flying and passed(flying[0].end):
+            self._landed(flying.popleft().move)
+        while self._queue and len(flying) < self._depth:
+            move = self._queue.peek()
+            self._queue.take(move)
+            self._issue(move)
+
+    def arriving(self, copies: Sequence[int]) -> list[int]:
+        """Those of *copies* whose prefetch has not landed; queued ones overtake the others."""
+        if not self.pending:
+            return []
+        self.poll()
+        late = []
+        for copy in copies:
+            move = self.pending.get(copy)
+            if move is not None:
+                if self._queue.take(move):
+                    self._issue(move)
+                late.append(copy)
+        return late
+
+    def wait(self, copy: int) -> None:
+        """Let the computing lane wait until *copy* has landed."""
+        mark = self._marks.get(copy)
+        if mark is not None:
+            self._lanes.compute_after(mark)
+
+    def settle(self, copies: Iterable[int]) -> None:
+        """Nobody needs to wait for *copies* any more."""
+        for copy in copies:
+            self._marks.pop(copy, None)
+            self.pending.pop(copy, None)
+
+    def _issue(self, move: Move) -> None:
+        low = move.copy >= self._total
+        source = self._source[1][move.copy - self._total] if low else self._source[0][move.copy]
+        size = self._low_size if low else self._size
+        begin, end = self._lanes.copy(self._bank.target(move.slot), source[:size])
+        copied = Copied(move, begin, end)
+        self._flying.append(copied)
+        self._marks[move.copy] = end
+        self.issued.append(copied)
+        if move.demand:
+            self.demand_bytes += size
+        else:
+            self.prefetch_bytes += size
+
+    def _landed(self, move: Move) -> None:
+        if self.pending.get(move.copy) is move:
+            del self.pending[move.copy]
+            self._marks.pop(move.copy, None)
+
+    def _drop(self, victim: int) -> None:
+        """The copy lost its slot: cancel its move if it waits, else forget that it flies."""
+        self._marks.pop(victim, None)
+        move = self.pending.pop(victim, None)
+        if move is not None and self._queue.take(move):
+            self.cancelled += 1

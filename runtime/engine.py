@@ -1,0 +1,232 @@
+"""Carries out what the planner decides: copies, table changes, waiting, the order of computing.
+
+The engine is the real world's half of the event contract. It knows nothing of models: whoever
+drives it (the eager hook, the layer graphs) says what a gate answered and how to compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from policies.base import Service, Substitute
+from policies.moves import Move
+from policies.planner import NOTHING, Plan, Planner, blame
+from policies.routing import Routing, Step
+from runtime.bank import ABSENT, ExpertTable, SlotBank
+from runtime.copier import Copier
+from runtime.lanes import Lanes
+from runtime.stopwatch import Stopwatch
+from runtime.store import HostStore
+
+#: Compute what the table holds of the event's demand (-1), or the expert in one slot.
+Compute = Callable[[int], None]
+
+#: Compute these experts of the event on the CPU and add what comes out.
+OnCpu = Callable[[Sequence[int]], None]
+
+
+class Engine:
+    """One planner, its store, slots and link on one device.
+
+    Drive it with :meth:`begin` for each step, then for each layer :meth:`decide` with the
+    gate's answer and one of :meth:`at_once` and :meth:`in_groups`, then :meth:`end`.
+    """
+
+    def __init__(
+        self, planner: Planner, store: HostStore, bank: SlotBank, lanes: Lanes, depth: int = 2
+    ) -> None:
+        self.planner, self.store, self.bank, self.lanes = planner, store, bank, lanes
+        context = planner.context
+        self.table = ExpertTable(context.layers, context.experts, lanes.device)
+        self.copier = Copier(store, bank, lanes, depth)
+        self.watch = Stopwatch(lanes)
+        self.events = self.accesses = self.late = self.steps = 0
+        self._total = context.total
+        self._borrowed: list[int] = []
+        #: Where every copy lies, moves of later waves not yet made: the ledger is ahead of it.
+        self._slot: dict[int, int] = {}
+        #: Called with (routing, plan, late copies) after each event, if set.
+        self.on_event: Callable[[Routing, Plan, Sequence[int]], None] | None = None
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """What a user's plug-in raises inside names the plug-in and the event."""
+        try:
+            yield
+        except Exception as error:
+            blamed = blame(self.planner, error)
+            if blamed is error:
+                raise
+            raise blamed from error
+
+    def begin(self, step: Step) -> None:
+        """*step* starts: make the prefetches that its path forecast asks for."""
+        with self.blaming():
+            moves = self.planner.begin(step)
+        if moves:
+            # Their slots may have been read by the last layer of the step before.
+            self.lanes.copy_after_compute()
+            self._place(moves)
+            self.copier.prefetch(moves)
+        else:
+            self.copier.poll()
+
+    def decide(self, routing: Routing) -> tuple[Plan, list[int]]:
+        """The plan of an event, and the held copies that are still on their way.
+
+        The moves of its first wave are issued, its table entries are noted.
+        """
+        with self.blaming():
+            plan = self.planner.plan(routing)
+        self.events += 1
+        self.accesses += len(routing.experts)
+        if plan is NOTHING:
+            needed: Sequence[int] = routing.experts
+        else:
+            needed = self._used(routing, plan)
+        late = self.copier.arriving(needed) if self.copier.pending else []
+        self.late += len(late)
+        if plan.waves:
+            self._demand(plan.waves[0])
+        if self.on_event is not None:
+            self.on_event(routing, plan, late)
+        return plan, late
+
+    def at_once(self, plan: Plan, late: Sequence[int]) -> None:
+        """Let the computing lane wait for the whole demand; the table is ready after this.
+
+        Only for plans of one wave that need no CPU (:meth:`whole`).
+        """
+        self.table.flush()
+        self.watch.split("host")
+        if late:
+            for copy in late:
+                self.copier.wait(copy)
+            self.watch.split("stall_late")
+        if plan.waves:
+            for move in plan.waves[0]:
+                self.copier.wait(move.copy)
+            self.watch.split("stall_demand")
+
+    @staticmethod
+    def whole(plan: Plan) -> bool:
+        """Whether an event's demand can be computed in one go on the device."""
+        if len(plan.waves) > 1:
+            return False
+        return not plan.served or Service.CPU not in plan.served.values()
+
+    def in_groups(
+        self, routing: Routing, plan: Plan, late: Sequence[int], compute: Compute, cpu: OnCpu
+    ) -> None:
+        """Compute held experts first, then the others one by one as they land, wave by wave."""
+        if plan is NOTHING and not late:
+            self.table.flush()
+            self.watch.split("host")
+            compute(-1)
+            self.watch.split("experts")
+            return
+        waves = plan.waves or [()]
+        arriving = [*late, *(move.copy for move in waves[0])]
+        self._compute_held(routing, arriving, compute)
+        self._compute_landing(arriving, len(late), compute)
+        for wave in waves[1:]:
+            # The slots of this wave are still being read by the one before.
+            self.lanes.copy_after_compute()
+            self._demand(wave)
+            self._compute_landing([move.copy for move in wave], 0, compute)
+        on_cpu = [e for e, s in (plan.served or {}).items() if s is Service.CPU]
+        if on_cpu:
+            cpu(on_cpu)
+            self.watch.split("idle")
+
+    def _compute_held(self, routing: Routing, arriving: Sequence[int], compute: Compute) -> None:
+        """Everything of the demand that is there, leaving out what is on its way."""
+        slots = {self._slot[copy] for copy in arriving}
+        table = self.table
+        now = {expert: table.slot(expert) for expert in routing.experts}
+        coming = {expert: slot for expert, slot in now.items() if slot in slots}
+        if any(slot != ABSENT and slot not in slots for slot in now.values()):
+            for expert in coming:
+                table.set(expert, ABSENT)
+            table.flush()
+            self.watch.split("host")
+            compute(-1)
+            self.watch.split("experts")
+        for expert, slot in coming.items():
+            table.set(expert, slot)
+
+    def _compute_landing(self, copies: Sequence[int], late: int, compute: Compute) -> None:
+        """Each of *copies* as it lands; the first *late* of them are prefetches."""
+        self.table.flush()
+        for i, copy in enumerate(copies):
+            self.watch.split("host")
+            self.copier.wait(copy)
+            self.watch.split("stall_late" if i < late else "stall_demand")
+            compute(self._slot[copy])
+            self.watch.split("experts")
+
+    def hide(self, routing: Routing) -> None:
+        """All of this event has been computed: until :meth:`after`, the table holds none."""
+        for expert in routing.experts:
+            self.table.set(expert, ABSENT)
+            self._borrowed.append(expert)
+        self.table.flush()
+
+    def after(self, plan: Plan, late: Sequence[int]) -> None:
+        """An event's computing has been launched: make its prefetches and tidy up."""
+        self.copier.settle(late)
+        for wave in plan.waves:
+            self.copier.settle(move.copy for move in wave)
+        for expert in self._borrowed:
+            self.table.set(expert, self._slot.get(expert, ABSENT))
+        self._borrowed.clear()
+        if plan.prefetch:
+            if len(plan.waves) > 1:
+                self.lanes.copy_after_compute()
+            self._place(plan.prefetch)
+            self.copier.prefetch(plan.prefetch)
+
+    def end(self) -> None:
+        """The step's last event has been launched."""
+        self.steps += 1
+
+    def _demand(self, wave: Sequence[Move]) -> None:
+        self._place(wave)
+        self.copier.demand(wave)
+
+    def _place(self, moves: Sequence[Move]) -> None:
+        """Note who is read from where once *moves* have been made."""
+        for move in moves:
+            self._slot.pop(move.victim, None)
+            self._slot[move.copy] = move.slot
+            if 0 <= move.victim < self._total:
+                self.table.set(move.victim, ABSENT)
+            if move.copy < self._total:
+                self.table.set(move.copy, move.slot)
+            elif move.demand:
+                self._borrow(move.copy - self._total, move.slot)
+
+    def _borrow(self, expert: int, slot: int) -> None:
+        """For this event alone *expert* is read from *slot*."""
+        self.table.set(expert, slot)
+        self._borrowed.append(expert)
+
+    def _used(self, routing: Routing, plan: Plan) -> list[int]:
+        """The copies that an event reads on the device, other than those it loads."""
+        missed = set(plan.missed)
+        used = [e for e in routing.experts if e not in missed]
+        slot_of = self._slot
+        for expert, service in (plan.served or {}).items():
+            if isinstance(service, Substitute):
+                used.append(service.expert)
+                self._borrow(expert, slot_of[service.expert])
+            elif service is Service.LOW:
+                copy = self.planner.context.low(expert)
+                if expert in used:
+                    used.remove(expert)
+                if copy in slot_of:
+                    used.append(copy)
+                    self._borrow(expert, slot_of[copy])
+        loading = {move.copy for wave in plan.waves for move in wave}
+        return [copy for copy in used if copy not in loading]

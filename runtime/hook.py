@@ -1,0 +1,163 @@
+"""The model's side: gates are read, experts computed from slots, layer by layer.
+
+transformers asks a registered function to compute a layer's experts
+(``ExpertsInterface``); ours hands the call to the :class:`Hook` of that layer's model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from policies.routing import Routing, Step
+from runtime.engine import Engine
+from runtime.families import Gate
+from runtime.lanes import Mark
+from runtime.maths import CpuExperts, Maths
+from runtime.steps import Answer
+
+#: Our name in transformers' table of experts functions.
+NAME = "expertflow"
+
+#: The attribute by which an experts module finds its hook and layer.
+_HANDLE = "_expertflow"
+
+
+def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    hook, layer = getattr(module, _HANDLE)
+    result: Tensor = hook.experts(layer, hidden, index, weights)
+    return result
+
+
+def install(model: Any, gates: Sequence[Gate], hook: Hook) -> None:
+    """Let *hook* compute the experts of *model*."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+    for layer, gate in enumerate(gates):
+        object.__setattr__(gate.experts, _HANDLE, (hook, layer))
+    model.set_experts_implementation(NAME)
+
+
+class Steps(Protocol):
+    """Turns a gate's answer into an event (:class:`runtime.steps.LiveSteps` and others)."""
+
+    def route(self, step: Step, layer: int, answer: Answer, event: int) -> Routing:
+        """The event of *layer* of *step*."""
+        ...
+
+
+class GateReader:
+    """Brings a gate's answer to the host through pinned memory and one mark.
+
+    One row per token: k experts, then *ahead* guesses of *width* experts each, as int64; the
+    weights travel beside them if *with_weights*.
+    """
+
+    def __init__(
+        self,
+        gates: Sequence[Gate],
+        *,
+        with_weights: bool,
+        ahead: int = 0,
+        width: int = 0,
+        pin: bool = False,
+    ) -> None:
+        self._gates = gates
+        self.with_weights = with_weights
+        self.ahead, self.width = ahead, width
+        self._pin = pin
+        self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+
+    def gather(self, layer: int, hidden: Tensor, index: Tensor) -> Tensor:
+        """The rows int64 [T, k + ahead * width] to send, on the device."""
+        targets = self._gates[layer + 1 : layer + 1 + self.ahead]
+        if not targets:
+            return index
+        guesses = [gate.rank(hidden, self.width) for gate in targets]
+        return torch.cat([index, *guesses], dim=1)
+
+    def buffers(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Host memory of the shapes of *rows* and *weights*, pinned beside a GPU.
+
+        The same memory for the same shape: an answer must be used before the next is sent.
+        """
+        shape = tuple(rows.shape)
+        if shape not in self._buffers:
+            self._buffers[shape] = self.new_buffers(rows, weights)
+        return self._buffers[shape]
+
+    def new_buffers(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Host memory as :meth:`buffers` gives, that nobody else has."""
+        mine = torch.zeros(rows.shape, dtype=torch.int64, pin_memory=self._pin)
+        if not self.with_weights:
+            return mine, None
+        return mine, torch.zeros(weights.shape, dtype=weights.dtype, pin_memory=self._pin)
+
+    def answer(self, rows: Tensor, weights: Tensor | None, top_k: int) -> Answer:
+        """What lies in the host buffers *rows* and *weights*."""
+        values = rows.numpy()
+        width = self.width
+        starts = range(top_k, values.shape[1], width) if width else ()
+        return Answer(
+            values[:, :top_k],
+            None if weights is None else weights.float().numpy(),
+            [values[:, start : start + width] for start in starts],
+        )
+
+
+class Hook:
+    """Runs the events of one model: reads the gate, asks the engine, computes from the slots."""
+
+    def __init__(
+        self, engine: Engine, gates: Sequence[Gate], reader: GateReader, maths: Maths
+    ) -> None:
+        self.engine, self.gates, self.reader, self.maths = engine, gates, reader, maths
+        self.cpu = CpuExperts(engine.store, gates)
+        self.top_k = gates[0].top_k
+        #: Set by whoever runs the step, before the model does.
+        self.step: Step | None = None
+        self.steps: Steps | None = None
+        #: Takes the calls while a graph is captured.
+        self.capturing: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def experts(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the experts of *layer*: [T, H], from [T, H], [T, k], [T, k]."""
+        if self.capturing is not None:
+            return self.capturing(layer, hidden, index, weights)
+        engine = self.engine
+        rows = self.reader.gather(layer, hidden, index)
+        to_rows, to_weights = self.reader.buffers(rows, weights)
+        engine.lanes.to_host(to_rows, rows)
+        if to_weights is not None:
+            engine.lanes.to_host(to_weights, weights)
+        engine.watch.split("attention")
+        self.await_mark(engine.lanes.mark())
+        answer = self.reader.answer(to_rows, to_weights, self.top_k)
+        routing = self.route(layer, answer)
+        plan, late = engine.decide(routing)
+        call = self.maths.begin(layer, hidden, index, weights, engine.table.slots[layer])
+        inputs = hidden, index, weights
+
+        def on_cpu(experts: Sequence[int]) -> None:
+            call.add(self.cpu.rows(layer, experts, *inputs))
+
+        engine.in_groups(routing, plan, late, call.group, on_cpu)
+        engine.after(plan, late)
+        return call.finish()
+
+    def route(self, layer: int, answer: Answer) -> Routing:
+        """The event that *answer* of *layer*'s gate makes."""
+        if self.step is None or self.steps is None:
+            raise RuntimeError("an experts module was called outside of the model's forward")
+        return self.steps.route(self.step, layer, answer, self.engine.events)
+
+    def await_mark(self, mark: Mark) -> None:
+        """Wait for the device on the host, moving the link's queue on meanwhile."""
+        passed, poll = self.engine.lanes.passed, self.engine.copier.poll
+        copier = self.engine.copier
+        while not passed(mark):
+            if copier.pending:
+                poll()

@@ -1,0 +1,194 @@
+"""The lanes of a device: where it computes, and where copies to it run beside that.
+
+A :class:`Mark` is a point of a lane: it can be asked whether it has passed, waited for by the
+host or by the computing lane, and says when it passed. CUDA has streams and events for this;
+on the CPU copies are made when somebody needs them, or later than that in tests.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Mark:
+    """A point of a lane; *at_s* is when it passed, on the device's clock, once read."""
+
+    __slots__ = ("at_s", "event")
+
+    def __init__(self, event: Any = None) -> None:
+        self.event = event
+        self.at_s = 0.0
+
+
+class Lanes(ABC):
+    """One device with a computing lane and a copy lane that run beside each other."""
+
+    device: torch.device
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """The present end of the computing lane."""
+
+    @abstractmethod
+    def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+        """Append a copy to the copy lane; marks before and after it."""
+
+    @abstractmethod
+    def passed(self, mark: Mark) -> bool:
+        """Whether *mark* has been reached; never waits."""
+
+    @abstractmethod
+    def compute_after(self, mark: Mark) -> None:
+        """Let the computing lane wait for *mark* of the copy lane."""
+
+    @abstractmethod
+    def copy_after_compute(self) -> None:
+        """Let the copy lane wait for all that was given to the computing lane so far."""
+
+    @abstractmethod
+    def read(self, mark: Mark) -> float:
+        """Seconds on the device's clock at which *mark*, which has passed, was reached."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait on the host for both lanes."""
+
+    def to_host(self, target: Tensor, source: Tensor) -> None:
+        """Copy *source* to pinned *target* in the computing lane."""
+        target.copy_(source, non_blocking=True)
+
+    def now(self) -> float:
+        """The host's clock, in seconds."""
+        return time.perf_counter()
+
+
+class CudaLanes(Lanes):
+    """The current CUDA stream computes, a stream of its own copies.
+
+    With *timed* every mark can be read; without, marks cost less and read as 0.
+    """
+
+    def __init__(self, device: torch.device, *, timed: bool = False) -> None:
+        self.device = device
+        self.timed = timed
+        cuda: Any = torch.cuda
+        self._copies = cuda.Stream(device)
+        self._event: Callable[[], Any] = lambda: cuda.Event(enable_timing=timed)
+        self._origin = cuda.Event(enable_timing=True)
+        self._origin.record()
+        #: Stretches every copy by so many GPU cycles: for tests.
+        self.delay_cycles: Callable[[], int] | None = None
+
+    def mark(self) -> Mark:
+        event = self._event()
+        event.record()
+        return Mark(event)
+
+    def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+        with torch.cuda.stream(self._copies):
+            begin = Mark(self._event()) if self.timed else Mark()
+            if self.timed:
+                begin.event.record(self._copies)
+            if self.delay_cycles is not None:
+                cuda: Any = torch.cuda
+                cuda._sleep(self.delay_cycles())
+            target.copy_(source, non_blocking=True)
+            end = Mark(self._event())
+            end.event.record(self._copies)
+        return begin, end
+
+    def passed(self, mark: Mark) -> bool:
+        return bool(mark.event.query())
+
+    def compute_after(self, mark: Mark) -> None:
+        torch.cuda.current_stream(self.device).wait_event(mark.event)
+
+    def copy_after_compute(self) -> None:
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+
+    def read(self, mark: Mark) -> float:
+        return float(self._origin.elapsed_time(mark.event)) * 1e-3 if self.timed else 0.0
+
+    def finish(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+        self._copies.synchronize()
+
+
+class HostLanes(Lanes):
+    """The CPU as a device: computing happens at once, copies when they are needed.
+
+    A copy lands when somebody waits for it or for a later one, when the lane is asked
+    ``lag()`` times whether it has landed, or at :meth:`finish`. *spoil* is called with the
+    target when a copy is issued: a test can make reading too early visible.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        *,
+        lag: Callable[[], int] = lambda: 0,
+        spoil: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self._lag, self._spoil = lag, spoil
+        self._waiting: deque[tuple[Mark, Mark, Tensor, Tensor]] = deque()
+
+    def mark(self) -> Mark:
+        mark = Mark(0)
+        mark.at_s = self.now()
+        return mark
+
+    def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+        begin, end = Mark(0), Mark(max(1, self._lag() + 1))
+        if self._spoil is not None:
+            self._spoil(target)
+        self._waiting.append((begin, end, target, source))
+        return begin, end
+
+    def _land(self) -> None:
+        begin, end, target, source = self._waiting.popleft()
+        begin.at_s = self.now()
+        target.copy_(source)
+        end.at_s = self.now()
+        end.event = 0
+
+    def passed(self, mark: Mark) -> bool:
+        if mark.event:
+            mark.event -= 1
+            if mark.event == 0:
+                mark.event = 1
+                self.compute_after(mark)
+        return not mark.event
+
+    def compute_after(self, mark: Mark) -> None:
+        while mark.event:
+            self._land()
+
+    def copy_after_compute(self) -> None:
+        pass
+
+    def read(self, mark: Mark) -> float:
+        return mark.at_s
+
+    def finish(self) -> None:
+        while self._waiting:
+            self._land()
+
+
+def random_lag(seed: int, most: int) -> Callable[[], int]:
+    """A *lag* for :class:`HostLanes`: 0 to *most* questions, drawn by *seed*."""
+    draw = random.Random(seed)
+    return lambda: draw.randint(0, most)
+
+
+def lanes_for(device: torch.device, *, timed: bool = False) -> Lanes:
+    """The lanes of *device*."""
+    return CudaLanes(device, timed=timed) if device.type == "cuda" else HostLanes(device)

@@ -1,0 +1,270 @@
+"""Offload a model's experts to host memory: the runtime's front door."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from policies.base import Context, Forecaster, Policy, Training
+from policies.budget import Budget
+from policies.costs import Costs
+from policies.hardware import HardwareProfile, load_profile
+from policies.planner import Planner
+from policies.registry import FORECASTERS, POLICIES
+from policies.training import learn
+from runtime.bank import SlotBank
+from runtime.engine import Engine
+from runtime.errors import OffloadError
+from runtime.families import Gate, find_gates, model_spec
+from runtime.hook import GateReader, Hook, install
+from runtime.lanes import lanes_for
+from runtime.layout import ExpertLayout, LowLayout
+from runtime.load import pick_device
+from runtime.maths import Fused, Reference
+from runtime.runner import Runner
+from runtime.steps import LiveSteps
+from runtime.store import HostStore, experts_of
+from traces.model import ModelSpec
+from traces.store import open_trace
+
+COMPUTE = ("auto", "fused", "reference")
+KERNELS = ("generate", "batched_mm", "grouped_mm")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is offloaded; ``docs/runtime.md`` explains each.
+
+    One of *slots*, *cache* (``"25%"``) and *gpu_memory* (``"8GiB"``) is the budget, half of
+    the experts by default. *compute* is ``fused`` (our kernels), ``reference``
+    (transformers' own *kernel*) or ``auto``: fused on CUDA. *max_tokens* bounds the key-value
+    cache that *gpu_memory* leaves room for. *graphs* captures decode steps where that can be
+    done. *pin* false keeps the experts in pageable memory. *record* keeps the routing,
+    *timed* the time of every stretch.
+    """
+
+    slots: int | None = None
+    cache: str | None = None
+    gpu_memory: str | None = None
+    device: str = "auto"
+    compute: str = "auto"
+    kernel: str = "generate"
+    forecaster: str | None = None
+    pool: str = "global"
+    hardware: str = "h200-pcie5"
+    train: str | None = None
+    depth: int = 2
+    batch: int = 1
+    max_tokens: int = 4096
+    seed: int = 0
+    pin: bool = True
+    graphs: bool = True
+    record: bool = False
+    timed: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("compute", COMPUTE), ("kernel", KERNELS)):
+            if getattr(self, name) not in known:
+                raise OffloadError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
+        for name in ("depth", "batch", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise OffloadError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def offload(model: Any, policy: str | Policy = "lru", **options: Any) -> Any:
+    """Keep the experts of *model* in host memory and only some on the device; returns it.
+
+    *model* is a transformers causal language model on the CPU, or what
+    :func:`runtime.streaming.open_checkpoint` opened. Options are those of :class:`Options`.
+    Afterwards ``model.generate`` works as ever and ``model.expert_cache`` tells what
+    happened. Raises :class:`OffloadError` or another :class:`traces.errors.InputError` and
+    frees what it took if the model, the machine or an option does not allow it.
+    """
+    known = {field.name for field in dataclasses.fields(Options)}
+    for name in options:
+        if name not in known:
+            raise OffloadError(f"offload: unknown option {name!r}, expected {', '.join(known)}")
+    return _Builder(model, policy, Options(**options)).build()
+
+
+class _Builder:
+    """Puts one offloaded model together, and takes it apart again where that fails."""
+
+    def __init__(self, model: Any, policy: str | Policy, options: Options) -> None:
+        checkpoint = None if isinstance(model, PreTrainedModel) else model
+        self.model = model if checkpoint is None else checkpoint.model
+        self.options = options
+        if hasattr(self.model, "expert_cache"):
+            raise OffloadError(f"{type(self.model).__name__}: is offloaded already")
+        self.gates: list[Gate] = find_gates(self.model)
+        self.layout = ExpertLayout.of(self.gates[0].experts)
+        self.spec: ModelSpec = model_spec(self.model, type(self.model).__name__)
+        self.device = pick_device(options.device)
+        self.profile: HardwareProfile = load_profile(options.hardware)
+        self.policy = POLICIES.build(policy) if isinstance(policy, str) else policy
+        self.forecaster = self._forecaster()
+        self._check_policy()
+        self.source: Callable[[], Any] = (
+            partial(experts_of, self.gates) if checkpoint is None else checkpoint.experts
+        )
+
+    def _forecaster(self) -> Forecaster | None:
+        if not self.policy.forecasts:
+            return None
+        return FORECASTERS.build(self.options.forecaster or "ahead")
+
+    def _check_policy(self) -> None:
+        for kind, plugin in (("policy", self.policy), ("forecaster", self.forecaster)):
+            if plugin is None:
+                continue
+            if plugin.offline:
+                raise OffloadError(
+                    f"{kind} {plugin.name!r} needs the future, expected one that can run live"
+                )
+            if {"training", "popularity"} & set(plugin.needs) and not self.options.train:
+                raise OffloadError(
+                    f"{kind} {plugin.name!r} learns from a trace, expected train=FILE"
+                )
+
+    def build(self) -> Any:
+        options, model = self.options, self.model
+        planner = self._planner()
+        cache = planner.cache
+        low = LowLayout(self.layout, self.policy.low_bits) if cache.low_slots else None
+        pin = options.pin and self.device.type == "cuda"
+        store = HostStore(self.spec.layers, self.spec.experts, self.layout, low=low, pin=pin)
+        try:
+            store.fill(self.source())
+            _drop_experts(self.gates)
+            model.to(self.device)
+            bank = SlotBank(
+                self.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
+            )
+            runner = self._runner(planner, store, bank)
+        except BaseException:
+            store.close()
+            raise
+        model.expert_cache = ExpertCacheHandle(model, runner)
+        return model
+
+    def _planner(self) -> Planner:
+        options, spec = self.options, self.spec
+        costs = Costs(self.profile, spec, self.policy.low_bits)
+        slots = self._slots()
+        training = self._training()
+        context = Context(
+            layers=spec.layers,
+            experts=spec.experts,
+            top_k=spec.top_k,
+            slots=slots,
+            pool=options.pool,
+            batch=options.batch,
+            transfer_s=costs.queued_copy_s(costs.full_bytes),
+            transfer_low_s=costs.queued_copy_s(costs.low_bytes),
+            layer_s=costs.layer_s(),
+            expert_s=costs.expert_s(1),
+            seed=options.seed,
+            has_weights="weights" in self.policy.needs,
+            popularity=training.popularity if training else None,
+            training=training,
+        )
+        share = costs.low_bytes / costs.full_bytes
+        return Planner(self.policy, context, self.forecaster, low_bytes_share=share)
+
+    def _training(self) -> Training | None:
+        train = self.options.train
+        return learn(open_trace(train), self.spec) if train else None
+
+    def _slots(self) -> int:
+        """What the budget buys on this device, as ``simctl run`` would reckon it."""
+        options = self.options
+        budget = Budget(options.cache, options.slots, options.gpu_memory)
+        profile = self.profile
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            gpu = dataclasses.replace(profile.gpu, memory_bytes=memory)
+            profile = dataclasses.replace(profile, gpu=gpu)
+        return budget.resolve(self.spec, profile, options.max_tokens * options.batch)
+
+    def _runner(self, planner: Planner, store: HostStore, bank: SlotBank) -> Runner:
+        options = self.options
+        lanes = lanes_for(self.device, timed=options.timed)
+        engine = Engine(planner, store, bank, lanes, options.depth)
+        ahead = _ahead_depth(self.forecaster, self.spec.layers)
+        steps = LiveSteps(self.spec, ahead=ahead, keep=options.record)
+        return make_runner(self.model, self.gates, engine, steps, options, ahead)
+
+
+def make_runner(
+    model: Any,
+    gates: Sequence[Gate],
+    engine: Engine,
+    steps: Any,
+    options: Options,
+    ahead: int = 0,
+) -> Runner:
+    """Hook *engine* into *model*: from here on its forward passes run from slots."""
+    lanes = engine.lanes
+    planner = engine.planner
+    wants = "weights" in planner.policy.needs or options.record
+    reader = GateReader(
+        gates,
+        with_weights=wants,
+        ahead=ahead,
+        width=min(2 * gates[0].top_k, gates[0].num_experts) if ahead else 0,
+        pin=lanes.device.type == "cuda",
+    )
+    cuda = lanes.device.type == "cuda"
+    fused = options.compute == "fused" or (options.compute == "auto" and cuda)
+    maths = Fused(engine, gates) if fused else Reference(engine, gates, options.kernel)
+    engine.watch.on = options.timed
+    hook = Hook(engine, gates, reader, maths)
+    hook.steps = steps
+    install(model, gates, hook)
+    return Runner(model, hook, steps, graphs=options.graphs and cuda and fused)
+
+
+def _ahead_depth(forecaster: Forecaster | None, layers: int) -> int:
+    if forecaster is None or "ahead" not in forecaster.needs:
+        return 0
+    return min(3, layers - 1)
+
+
+def _drop_experts(gates: Sequence[Gate]) -> None:
+    """Expert weights live in the store alone; what is left on ``meta`` cannot be moved."""
+    for gate in gates:
+        for name in [n for n, p in gate.experts.named_parameters(recurse=False) if p.dim() > 1]:
+            delattr(gate.experts, name)
+
+
+class ExpertCacheHandle:
+    """``model.expert_cache``: what happened so far, and the way to free everything."""
+
+    def __init__(self, model: Any, runner: Runner) -> None:
+        self.runner = runner
+        self._finalizer = weakref.finalize(model, runner.close)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and bytes since the start, and what Belady would have missed (None live).
+
+        ``held`` splits into ``hit`` and ``late``; ``held_ratio`` and ``hit_ratio`` are shares
+        of the ``accesses``.
+        """
+        return self.runner.stats()
+
+    def trace(self) -> list[Any]:
+        """The routing kept so far (``record=True``), as sequences of a trace."""
+        return self.runner.sequences()
+
+    def close(self) -> None:
+        """Free the slots and the host store; the model cannot run any more."""
+        self._finalizer()

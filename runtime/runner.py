@@ -1,0 +1,184 @@
+"""Runs the forward passes of an offloaded model, one step of the contract each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies.hindsight import belady_missed
+from policies.routing import Step
+from runtime.errors import OffloadError
+from runtime.graphs import DecodeGraphs
+from runtime.hook import Hook, Steps
+from runtime.maths import Reference
+
+
+class StepSource(Steps, Protocol):
+    """Knows the step that a forward pass is, and what is to be kept of it."""
+
+    def begin(self, tokens: Any, real: Any, fresh: bool) -> Step:
+        """The step that runs *tokens* int [B, S], *real* false for padding."""
+        ...
+
+    def end(self, step: Step) -> None:
+        """*step* has run."""
+        ...
+
+
+class Runner:
+    """Takes the place of a model's ``forward``.
+
+    Whatever goes wrong inside a step leaves planner and slots out of step with each other:
+    then everything is freed, and the model says so when it is asked again.
+    """
+
+    def __init__(self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool) -> None:
+        self.hook, self.engine, self.steps = hook, hook.engine, steps
+        self._forward = model.forward
+        self._graphs = DecodeGraphs(hook, self._forward) if graphs else None
+        self._demand: list[list[list[int]]] = []
+        self._seen: Any = None
+        self._closed = ""
+        self.tokens = 0
+        # generate reads the signature to learn what it may pass.
+        model.forward = functools.wraps(self._forward)(partial(Runner.forward, self))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass from the slots."""
+        if self._closed:
+            raise OffloadError(f"the offloaded model {self._closed}, expected an open one")
+        if args:
+            kwargs = {"input_ids": args[0], **kwargs}
+        try:
+            return self._run(kwargs)
+        except torch.OutOfMemoryError as error:
+            self.close("ran out of GPU memory and was freed")
+            raise OffloadError(
+                "out of GPU memory during a forward pass, expected room beside the slots; give "
+                f"fewer slots ({' '.join(str(error).split())[:120]})"
+            ) from None
+        except BaseException as error:
+            self.close(f"was freed after {type(error).__name__} in mid-step")
+            raise
+
+    def _run(self, kwargs: dict[str, Any]) -> Any:
+        ids = kwargs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise OffloadError("forward: no input_ids given, expected token ids [B, S]")
+        cache = kwargs.get("past_key_values")
+        fresh = self._is_fresh(cache)
+        step = self.steps.begin(ids.cpu().numpy(), _real_tokens(kwargs, ids, fresh), fresh)
+        self.hook.step = step
+        decoding = ids.shape[1] == 1 and not fresh
+        maths = self.hook.maths
+        if isinstance(maths, Reference):
+            maths.decoding = decoding
+        with self._stepping(step):
+            if decoding and self._graphs is not None and self._graphs.suits(kwargs):
+                return self._graphs.run(kwargs)
+            return self._forward(**kwargs)
+
+    @contextlib.contextmanager
+    def _stepping(self, step: Step) -> Iterator[None]:
+        engine = self.engine
+        engine.watch.start()
+        engine.begin(step)
+        yield
+        engine.watch.split("attention")
+        engine.end()
+        self.steps.end(step)
+        self._demand.append(step.demand)
+        self.tokens += step.size
+        self.hook.step = None
+
+    def _is_fresh(self, cache: Any) -> bool:
+        """Whether a pass begins new sequences: no cache, an empty one, or one never seen."""
+        if cache is None:
+            self._seen = None
+            return True
+        fresh = cache is not self._seen
+        self._seen = cache
+        if not fresh:
+            return False
+        length = cache.get_seq_length()
+        return int(length) == 0
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and bytes so far; see :meth:`ExpertCacheHandle.stats`."""
+        engine, planner = self.engine, self.engine.planner
+        missed = planner.counts["missed"]
+        held, accesses = engine.accesses - missed, engine.accesses
+        copier = engine.copier
+        share = accesses or 1
+        return {
+            "policy": planner.policy.name,
+            "slots": planner.context.slots,
+            "steps": engine.steps,
+            "tokens": self.tokens,
+            "accesses": accesses,
+            "held": held,
+            "missed": missed,
+            "hit": held - engine.late,
+            "late": engine.late,
+            "held_ratio": held / share,
+            "hit_ratio": (held - engine.late) / share,
+            "belady_missed": belady_missed(planner.context, self._demand),
+            "moves": {
+                "demand": planner.counts["demand"],
+                "prefetch": planner.counts["prefetch"],
+                "cancelled": copier.cancelled,
+            },
+            "bytes": {"demand": copier.demand_bytes, "prefetch": copier.prefetch_bytes},
+            "memory": {
+                "slots_bytes": engine.bank.size_bytes,
+                "host_bytes": engine.store.size_bytes,
+            },
+            "decisions_sha256": planner.log.sha256(),
+        }
+
+    def sequences(self) -> list[Any]:
+        """The routing that was kept."""
+        kept = getattr(self.steps, "sequences", None)
+        return list(kept()) if kept is not None else []
+
+    def close(self, why: str = "was closed") -> None:
+        """Free the slots and the store; :meth:`forward` refuses from now on."""
+        if self._closed:
+            return
+        self._closed = why
+        with contextlib.suppress(Exception):
+            self.engine.lanes.finish()
+        self.hook.step = None
+        self._graphs = None
+        self.hook.maths = _Gone()
+        self.engine.bank.free()
+        self.engine.table.slots = torch.empty(0)
+        self.engine.store.close()
+        if self.engine.lanes.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Gone:
+    """Stands where the maths was: it held on to the slots."""
+
+    def begin(self, *inputs: Any) -> Any:
+        raise OffloadError("the offloaded model was closed, expected an open one")
+
+
+def _real_tokens(kwargs: dict[str, Any], ids: Tensor, fresh: bool) -> Any:
+    """Which of *ids* [B, S] are not padding on the left, bool; None if none is.
+
+    Masked tokens further on stay: transformers reads the logits of the last one, masked or not.
+    """
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not fresh:
+        return None
+    real = np.maximum.accumulate(mask[:, -ids.shape[1] :].bool().cpu().numpy(), axis=1)
+    return None if bool(np.all(real)) else real

@@ -1,0 +1,50 @@
+"""Where a device's time goes: marks between stretches of the computing lane, read afterwards."""
+
+from __future__ import annotations
+
+from policies.result import CAUSES
+from runtime.lanes import Lanes, Mark
+
+#: A stretch of the computing lane: its cause, and the marks before and after it.
+Stretch = tuple[str, Mark, Mark]
+
+
+class Stopwatch:
+    """Splits the computing lane into stretches by cause, while :attr:`on`.
+
+    Marks are read when the step is over, so that measuring costs no waiting.
+    """
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self.on = False
+        self._last: Mark | None = None
+        self._stretches: list[Stretch] = []
+
+    def start(self) -> None:
+        """A step begins on the computing lane."""
+        if self.on:
+            self._stretches = []
+            self._last = self._lanes.mark()
+
+    def split(self, cause: str) -> None:
+        """What the computing lane did since the last split was *cause*."""
+        if self.on and self._last is not None:
+            mark = self._lanes.mark()
+            self._stretches.append((cause, self._last, mark))
+            self._last = mark
+
+    def stretches(self) -> list[tuple[str, float, float]]:
+        """(cause, start, end) in seconds of the device's clock; the step must be over."""
+        read = self._lanes.read
+        found = [(cause, read(begin), read(end)) for cause, begin, end in self._stretches]
+        self._stretches = []
+        return found
+
+
+def by_cause(stretches: list[tuple[str, float, float]]) -> dict[str, float]:
+    """Seconds of each cause."""
+    seconds = dict.fromkeys(CAUSES, 0.0)
+    for cause, begin, end in stretches:
+        seconds[cause] += end - begin
+    return seconds

@@ -1,0 +1,198 @@
+"""The host store: every expert once in host memory, one block of pinned bytes per layer."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.errors import OffloadError
+from runtime.layout import ExpertLayout, LowLayout
+from runtime.quantise import quantise
+
+#: One expert read from somewhere: its layer, its id, and its parts by name.
+Loaded = tuple[int, int, Mapping[str, Tensor]]
+
+
+def available_bytes() -> int:
+    """Host memory that can still be had, in bytes."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+class PinnedBlock:
+    """Page-aligned host memory, registered with CUDA if *pin*; freed by :meth:`close`.
+
+    torch's own pinned allocator rounds sizes up to powers of two; registering does not.
+    """
+
+    def __init__(self, size_bytes: int, *, pin: bool, what: str) -> None:
+        self.what = what
+        try:
+            self._memory = mmap.mmap(-1, size_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise self._refusal(size_bytes, "host", str(error)) from None
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._pinned = False
+        if pin:
+            self._pin(size_bytes)
+
+    def _pin(self, size_bytes: int) -> None:
+        free = available_bytes()
+        if size_bytes > free:
+            raise self._refusal(size_bytes, "pinned host", f"only {free / 2**30:.1f} GiB are free")
+        code = int(_cudart().cudaHostRegister(self.bytes.data_ptr(), size_bytes, 0))
+        if code:
+            raise self._refusal(size_bytes, "pinned host", f"CUDA error {code}")
+        self._pinned = True
+
+    def _refusal(self, size_bytes: int, kind: str, why: str) -> OffloadError:
+        return OffloadError(
+            f"{self.what}: {size_bytes / 2**30:.2f} GiB of {kind} memory refused ({why}; "
+            f"{available_bytes() / 2**30:.1f} GiB free), expected room for it; use a smaller "
+            "model, or pageable memory (pin=False, --pageable), which copies at a fraction of "
+            "the speed"
+        )
+
+    def close(self) -> None:
+        """Unpin and free; the block's tensors must not be used any more."""
+        if self._pinned:
+            _cudart().cudaHostUnregister(self.bytes.data_ptr())
+            self._pinned = False
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+class HostStore:
+    """All experts of a model, packed, each in one contiguous block.
+
+    *full* uint8 [stride_bytes] views lie at the expert's number, *low* ones hold the
+    low-precision copies where *low* gives their layout.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        layout: ExpertLayout,
+        *,
+        low: LowLayout | None = None,
+        pin: bool = True,
+    ) -> None:
+        self.layers, self.experts = layers, experts
+        self.layout, self.low_layout = layout, low
+        self.pin = pin
+        self._blocks: list[PinnedBlock] = []
+        self.full: list[Tensor] = []
+        self.low: list[Tensor] = []
+        self._views: list[Mapping[str, Tensor]] = []
+
+    def __len__(self) -> int:
+        return self.layers * self.experts
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of host memory taken."""
+        return sum(block.bytes.numel() for block in self._blocks)
+
+    def open_layer(self, layer: int) -> None:
+        """Allocate the blocks of *layer*; layers are opened in order, as they are filled."""
+        if layer * self.experts != len(self.full):
+            raise ValueError(f"layer {layer} opened with {len(self.full)} experts stored")
+        block = self._block(layer, self.layout.stride_bytes, "experts")
+        self.full += block.unbind(0)
+        self._views.append(self.layout.views(block))
+        if self.low_layout is not None:
+            stride = self.low_layout.stride_bytes
+            self.low += self._block(layer, stride, "low-precision experts").unbind(0)
+
+    def _block(self, layer: int, stride_bytes: int, what: str) -> Tensor:
+        what = f"{what} of layer {layer}"
+        block = PinnedBlock(self.experts * stride_bytes, pin=self.pin, what=what)
+        self._blocks.append(block)
+        return block.bytes.view(self.experts, stride_bytes)
+
+    def parts(self, expert: int) -> dict[str, Tensor]:
+        """The parts of *expert* as views of the store."""
+        layer, id = divmod(expert, self.experts)
+        return {name: view[id] for name, view in self._views[layer].items()}
+
+    def put(self, loaded: Loaded) -> None:
+        """Take in one expert, opening its layer first if need be."""
+        layer, id, parts = loaded
+        if layer * self.experts >= len(self.full):
+            self.open_layer(layer)
+        expert = layer * self.experts + id
+        mine = self.parts(expert)
+        for name, view in mine.items():
+            view.copy_(parts[name])
+        self.quantise(expert)
+
+    def quantise(self, expert: int) -> None:
+        """Make the low-precision copy of *expert*, where there is to be one."""
+        low = self.low_layout
+        if low is None:
+            return
+        size = self.layout.size_bytes
+        flat = self.full[expert][:size].view(self.layout.dtype)
+        self.low[expert][: low.size_bytes].copy_(quantise(flat, low))
+
+    def fill(
+        self, source: Iterable[Loaded], advance: Callable[[int], None] = lambda experts: None
+    ) -> None:
+        """Take in every expert of *source*; closed again if that fails."""
+        try:
+            for loaded in source:
+                self.put(loaded)
+                advance(1)
+            if len(self.full) != len(self):
+                raise OffloadError(
+                    f"{len(self.full)} experts were loaded, expected {len(self)}: "
+                    f"{self.layers} layers of {self.experts}"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free all blocks."""
+        self.full, self.low, self._views = [], [], []
+        for block in self._blocks:
+            block.close()
+        self._blocks.clear()
+
+
+def check_finite(parts: Mapping[str, Tensor], where: str) -> None:
+    """Refuse NaN and infinite weights: they would spread over every output."""
+    for name, values in parts.items():
+        if not bool(torch.isfinite(values).all()):
+            raise OffloadError(f"{where}: {name} holds NaN or infinite weights, expected numbers")
+
+
+def experts_of(gates: Iterable[Any], *, check: bool = True) -> Iterable[Loaded]:
+    """The experts of a model in memory, freeing each layer's own weights behind it."""
+    for layer, gate in enumerate(gates):
+        module = gate.experts
+        names = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        whole = {name: getattr(module, name).detach() for name in names}
+        for id in range(int(module.num_experts)):
+            parts = {name: values[id] for name, values in whole.items()}
+            if check:
+                check_finite(parts, f"layer {layer} expert {id}")
+            yield layer, id, parts
+        whole.clear()
+        for name in names:
+            delattr(module, name)
