@@ -18,6 +18,8 @@ COMMANDS = {
     "trace": "traces.cli:trace",
     "policies": "policies.cli:policies",
     "hardware": "sim.cli:hardware",
+    "validate": "reports.cli_validate:validate",
+    "calibrate": "runtime.cli_calibrate:calibrate",
     "doctor": "runtime.cli:doctor",
 }
 
@@ -34,6 +36,8 @@ HELP = {
     "trace": "Inspect, import, capture, synthesise and split traces.",
     "policies": "What policies and forecasters there are, with their parameters.",
     "hardware": "What hardware profiles and model sizes there are, with their sources.",
+    "validate": "The same runs simulated and on the device, compared and judged.",
+    "calibrate": "Measure this machine into a hardware profile.",
     "doctor": "What this machine can do.",
 }
 

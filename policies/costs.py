@@ -13,10 +13,18 @@ class Costs:
     GPU work follows a roofline with launch costs (Williams et al. 2009): the larger of bytes
     over memory bandwidth and operations over peak rate, never less than its kernels take.
     Host work is serial: a launch per kernel, a wait per gate, an issue per copy. *graph* has
-    the costs of decode steps where the profile says that they run as captured graphs.
+    the costs of decode steps where the profile says that they run as captured graphs; their
+    key-value cache has *cache_tokens* tokens per sequence, if given.
     """
 
-    def __init__(self, profile: HardwareProfile, model: ModelSpec, low_bits: int = 4) -> None:
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        model: ModelSpec,
+        low_bits: int = 4,
+        *,
+        cache_tokens: int = 0,
+    ) -> None:
         self.profile = profile
         self.model = model
         host, software = profile.host, profile.software
@@ -30,11 +38,12 @@ class Costs:
         self.issue_alone_s = profile.expert.kernels * host.kernel_launch_s
         self.least_alone_s = profile.expert.kernels * profile.gpu.kernel_min_s
         self.sync_s = host.gate_sync_s
-        #: Policy and planner per event: of the policy that needs least, for bounds.
+        #: Policy and planner per event and access: of the policy that needs least, for bounds.
         self.least_event_s = min((host.event_s, *host.policy_event_s.values()))
+        self.least_access_s = min((host.access_s, *host.policy_access_s.values()))
         self.copy_issue_s = host.copy_issue_s
         self.step_s = host.step_s
-        self.graph = GraphCosts(profile, model) if host.graph_launch_s else None
+        self.graph = GraphCosts(profile, model, cache_tokens) if host.graph_launch_s else None
         self._experts: dict[int, float] = {}
         self._attention: dict[tuple[int, int], float] = {}
 
@@ -42,6 +51,11 @@ class Costs:
         """Host seconds that *policy* and the planner take per event; '' for any policy."""
         host = self.profile.host
         return host.policy_event_s.get(policy, host.event_s)
+
+    def access_s(self, policy: str = "") -> float:
+        """Host seconds that they take more for each distinct expert of the event."""
+        host = self.profile.host
+        return host.policy_access_s.get(policy, host.access_s)
 
     def move_s(self, policy: str = "") -> float:
         """Host seconds that *policy* and the planner take per move, its issue aside."""
@@ -107,4 +121,5 @@ class Costs:
         else:
             gate = max(self.attention_s(1, 1), self.issue_gate_s)
             work = max(count * self.expert_s(1), *self.group_s[count])
-        return gate + self.sync_s + self.event_s(policy) + work
+        thinking = self.event_s(policy) + count * self.access_s(policy)
+        return gate + self.sync_s + thinking + work

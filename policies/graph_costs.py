@@ -7,6 +7,7 @@ they read (the floor) and the time of reading weights and key-value cache add up
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from policies.hardware import ANY_FAMILY, HardwareProfile
@@ -64,20 +65,29 @@ def _vocabulary_params(dims: Dimensions, model: ModelSpec) -> int:
     return round(dims.vocabulary * dims.hidden * model.layers / dims.layers)
 
 
+def _of_family(figures: Mapping[str, float], family: str, otherwise: float) -> float:
+    """The figure of *family*, of any family, or *otherwise*."""
+    return figures.get(family, figures.get(ANY_FAMILY, otherwise))
+
+
 class GraphCosts:
     """Seconds of a decode step's parts as captured graphs for one model.
 
-    *launch_s* and *table_update_s* are host time, everything else the GPU's.
+    *launch_s* and *table_update_s* are host time, everything else the GPU's. Graphs have a
+    key-value cache of fixed length: where it is known, *cache_tokens* per sequence are read
+    at every step, not only those that are filled.
     """
 
-    def __init__(self, profile: HardwareProfile, model: ModelSpec) -> None:
-        self.profile, self.model = profile, model
+    def __init__(self, profile: HardwareProfile, model: ModelSpec, cache_tokens: int = 0) -> None:
+        self.profile, self.model, self.cache_tokens = profile, model, cache_tokens
         self.launch_s = profile.host.graph_launch_s
         self.table_update_s = profile.host.table_update_s
         software, facts = profile.software, facts_of(model)
-        floors = software.layer_floor_s
-        self.floor_s = floors.get(facts.family, floors.get(ANY_FAMILY, 0.0))
-        self._read_rate = software.dense_efficiency * profile.gpu.memory_bytes_per_s
+        self.floor_s = _of_family(software.layer_floor_s, facts.family, 0.0)
+        rate = profile.gpu.memory_bytes_per_s
+        self._read_rate = software.dense_efficiency * rate
+        kept = _of_family(software.kv_efficiency, facts.family, software.dense_efficiency)
+        self._kv_rate = kept * rate
         in_layers = max(model.dense_params - facts.head_params - facts.idle_params, 0)
         self._layer_params = in_layers / model.layers
         #: The head, once a step.
@@ -88,8 +98,11 @@ class GraphCosts:
     def attention_s(self, tokens: int, kv_tokens: int) -> float:
         """One layer without its routed experts; *kv_tokens* as in ``Costs.attention_s``."""
         model = self.model
+        if self.cache_tokens:
+            kv_tokens = tokens * self.cache_tokens
         kv_bytes = kv_tokens * model.kv_bytes_per_token / model.layers
-        read_s = (self._layer_params * model.param_bytes + kv_bytes) / self._read_rate
+        dense_bytes = self._layer_params * model.param_bytes
+        read_s = dense_bytes / self._read_rate + kv_bytes / self._kv_rate
         flops = 2 * self._layer_params * tokens + 4 * model.hidden * kv_tokens
         return self.floor_s + max(read_s, flops / self.profile.gpu.bf16_flops_per_s)
 

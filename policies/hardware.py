@@ -117,9 +117,9 @@ class Host:
 
     *graph_launch_s* is the time of one graph replay, until its first kernel may run; above 0,
     decode steps run as captured graphs, one from each gate to the next. *table_update_s* then
-    is the launch that tells the graph where moved experts lie. *policy_event_s* says for some
-    policies what *event_s* says for all, *policy_move_s* the same for *move_s*: the planner's
-    time for each move.
+    is the launch that tells the graph where moved experts lie. Policy and planner may take
+    *access_s* more for each distinct expert of an event and *move_s* for each move. What a
+    table *policy_...* says of a policy takes the place of the figure for all.
     """
 
     copy_issue_s: float
@@ -130,8 +130,12 @@ class Host:
     pinned_alloc_bytes_per_s: float
     graph_launch_s: float = field(default=0.0, metadata={"least": 0})
     table_update_s: float = field(default=0.0, metadata={"least": 0})
+    access_s: float = field(default=0.0, metadata={"least": 0})
     move_s: float = field(default=0.0, metadata={"least": 0})
     policy_event_s: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"least": 0}
+    )
+    policy_access_s: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"least": 0}
     )
     policy_move_s: Mapping[str, float] = field(
@@ -149,7 +153,8 @@ class Software:
     Where decode steps are captured graphs: *layer_floor_s*, by model family, are the GPU
     seconds of one layer for one token if its weights took no time to read (``any``: families
     not named); *dense_efficiency* is the share of the GPU's memory rate at which what is not
-    an expert is read.
+    an expert is read, *kv_efficiency*, by family, that of the key-value cache as a model
+    specification counts it: code that copies or expands it first has a small one.
     """
 
     name: str
@@ -160,6 +165,7 @@ class Software:
         default_factory=dict, hash=False, metadata={"least": 0}
     )
     dense_efficiency: float = 1.0
+    kv_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -336,8 +342,10 @@ def _check(profile: HardwareProfile, where: str) -> None:
         raise InputError(
             f"{where}: host.graph_launch_s is given, expected software.layer_floor_s as well"
         )
-    if profile.software.layer_floor_s and ANY_FAMILY not in profile.software.layer_floor_s:
-        raise InputError(f"{where}: key 'software.layer_floor_s.{ANY_FAMILY}' is missing")
+    for name in ("layer_floor_s", "kv_efficiency"):
+        by_family = getattr(profile.software, name)
+        if by_family and ANY_FAMILY not in by_family:
+            raise InputError(f"{where}: key 'software.{name}.{ANY_FAMILY}' is missing")
     for way, direction in (("h2d", profile.link.h2d), ("d2h", profile.link.d2h)):
         for size in direction.queued.sizes_bytes:
             if direction.copy_s(size, queued=True) > 1.01 * direction.copy_s(size, queued=False):

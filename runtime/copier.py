@@ -43,8 +43,8 @@ class Copier:
         self.demand_bytes = self.prefetch_bytes = 0
         self.cancelled = 0
         self.busy_s = 0.0
-        #: Copies issued since somebody last emptied this list.
-        self.issued: list[Copied] = []
+        #: Copies issued since somebody last emptied this list, if there is one.
+        self.issued: list[Copied] | None = None
 
     def __len__(self) -> int:
         """Moves waiting in the software queue."""
@@ -101,15 +101,20 @@ class Copier:
             self._marks.pop(copy, None)
             self.pending.pop(copy, None)
 
+    def size_of(self, move: Move) -> int:
+        """Bytes that *move* carries."""
+        return self._low_size if move.copy >= self._total else self._size
+
     def _issue(self, move: Move) -> None:
         low = move.copy >= self._total
         source = self._source[1][move.copy - self._total] if low else self._source[0][move.copy]
-        size = self._low_size if low else self._size
+        size = self.size_of(move)
         begin, end = self._lanes.copy(self._bank.target(move.slot), source[:size])
         copied = Copied(move, begin, end)
         self._flying.append(copied)
         self._marks[move.copy] = end
-        self.issued.append(copied)
+        if self.issued is not None:
+            self.issued.append(copied)
         if move.demand:
             self.demand_bytes += size
         else:

@@ -48,6 +48,22 @@ class DecodeGraphs:
         self._met.add(key)
         return False
 
+    def warm(self, kwargs: dict[str, Any]) -> None:
+        """Set up, capture and replay a pass once, its experts left out.
+
+        Nothing is planned or counted, but the key-value cache is written to.
+        """
+        self._hook.capturing = lambda layer, hidden, index, weights: torch.zeros_like(hidden)
+        try:
+            self._forward(**kwargs)
+        finally:
+            self._hook.capturing = None
+        key = _key(kwargs)
+        self._met.add(key)
+        chain = self._capture(key, kwargs)
+        if chain is not None:
+            chain.replay_blind()
+
     def run(self, kwargs: dict[str, Any]) -> Any:
         """One decode step, captured now or replayed."""
         key = _key(kwargs)
@@ -57,7 +73,6 @@ class DecodeGraphs:
             chain = self._capture(key, kwargs)
             if chain is None:
                 return self._forward(**kwargs)
-            weakref.finalize(kwargs["past_key_values"], self._forget, key[0])
         return chain.replay(kwargs, counted=captured)
 
     def _forget(self, cache: int) -> None:
@@ -87,6 +102,7 @@ class DecodeGraphs:
             )
             return None
         self._chains[key] = chain
+        weakref.finalize(kwargs["past_key_values"], self._forget, key[0])
         return chain
 
 
@@ -237,6 +253,12 @@ class Chain:
         if not counted:
             _advance(cache)
         return self._result(cache)
+
+    def replay_blind(self) -> None:
+        """Run every graph once with what the table holds, whatever the gates answer."""
+        for segment in self._segments:
+            segment.replay()
+        torch.cuda.synchronize()
 
     def _event(self, layer: int, gate: _Gate, answer: Answer) -> None:
         engine = self._hook.engine

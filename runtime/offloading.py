@@ -141,9 +141,11 @@ class _Builder:
         cache = planner.cache
         low = LowLayout(self.layout, self.policy.low_bits) if cache.low_slots else None
         pin = options.pin and self.device.type == "cuda"
-        store = HostStore(self.spec.layers, self.spec.experts, self.layout, low=low, pin=pin)
+        store = HostStore(self.spec.layers, self.spec.experts, self.layout, pin=pin)
         try:
             store.fill(self.source())
+            if low is not None:
+                store.add_low(low, self.device)
             _drop_experts(self.gates)
             model.to(self.device)
             bank = SlotBank(
@@ -201,36 +203,30 @@ class _Builder:
         engine = Engine(planner, store, bank, lanes, options.depth)
         ahead = _ahead_depth(self.forecaster, self.spec.layers)
         steps = LiveSteps(self.spec, ahead=ahead, keep=options.record)
-        return make_runner(self.model, self.gates, engine, steps, options, ahead)
+        engine.watch.on = options.timed
+        hook = make_hook(self.model, self.gates, engine, options, ahead)
+        hook.steps = steps
+        captures = self.device.type == "cuda" and isinstance(hook.maths, Fused)
+        return Runner(self.model, hook, steps, graphs=options.graphs and captures)
 
 
-def make_runner(
-    model: Any,
-    gates: Sequence[Gate],
-    engine: Engine,
-    steps: Any,
-    options: Options,
-    ahead: int = 0,
-) -> Runner:
-    """Hook *engine* into *model*: from here on its forward passes run from slots."""
-    lanes = engine.lanes
-    planner = engine.planner
-    wants = "weights" in planner.policy.needs or options.record
+def make_hook(
+    model: Any, gates: Sequence[Gate], engine: Engine, options: Options, ahead: int = 0
+) -> Hook:
+    """Let *engine* compute the experts of *model*; *ahead* gates are asked beside each."""
+    device, planner = engine.lanes.device, engine.planner
     reader = GateReader(
         gates,
-        with_weights=wants,
+        with_weights="weights" in planner.policy.needs or options.record,
         ahead=ahead,
         width=min(2 * gates[0].top_k, gates[0].num_experts) if ahead else 0,
-        pin=lanes.device.type == "cuda",
+        pin=device.type == "cuda",
     )
-    cuda = lanes.device.type == "cuda"
-    fused = options.compute == "fused" or (options.compute == "auto" and cuda)
+    fused = options.compute == "fused" or (options.compute == "auto" and device.type == "cuda")
     maths = Fused(engine, gates) if fused else Reference(engine, gates, options.kernel)
-    engine.watch.on = options.timed
     hook = Hook(engine, gates, reader, maths)
-    hook.steps = steps
     install(model, gates, hook)
-    return Runner(model, hook, steps, graphs=options.graphs and cuda and fused)
+    return hook
 
 
 def _ahead_depth(forecaster: Forecaster | None, layers: int) -> int:

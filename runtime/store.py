@@ -79,8 +79,8 @@ def _cudart() -> Any:
 class HostStore:
     """All experts of a model, packed, each in one contiguous block.
 
-    *full* uint8 [stride_bytes] views lie at the expert's number, *low* ones hold the
-    low-precision copies where *low* gives their layout.
+    *full* uint8 [stride_bytes] views lie at the expert's number; *low* ones hold the
+    low-precision copies, once :meth:`add_low` has made them.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class HostStore:
         experts: int,
         layout: ExpertLayout,
         *,
-        low: LowLayout | None = None,
         pin: bool = True,
     ) -> None:
         self.layers, self.experts = layers, experts
-        self.layout, self.low_layout = layout, low
+        self.layout = layout
+        self.low_layout: LowLayout | None = None
         self.pin = pin
         self._blocks: list[PinnedBlock] = []
         self.full: list[Tensor] = []
@@ -115,9 +115,6 @@ class HostStore:
         block = self._block(layer, self.layout.stride_bytes, "experts")
         self.full += block.unbind(0)
         self._views.append(self.layout.views(block))
-        if self.low_layout is not None:
-            stride = self.low_layout.stride_bytes
-            self.low += self._block(layer, stride, "low-precision experts").unbind(0)
 
     def _block(self, layer: int, stride_bytes: int, what: str) -> Tensor:
         what = f"{what} of layer {layer}"
@@ -139,16 +136,23 @@ class HostStore:
         mine = self.parts(expert)
         for name, view in mine.items():
             view.copy_(parts[name])
-        self.quantise(expert)
 
-    def quantise(self, expert: int) -> None:
-        """Make the low-precision copy of *expert*, where there is to be one."""
-        low = self.low_layout
-        if low is None:
+    def add_low(self, low: LowLayout, device: torch.device) -> None:
+        """Make low-precision copies of all experts, worked out on *device*; kept from then on."""
+        if self.low_layout == low:
             return
+        if self.low_layout is not None:
+            raise OffloadError(
+                f"low_bits is {low.bits}, expected {self.low_layout.bits} as in the copies "
+                "that were made already"
+            )
+        self.low_layout = low
         size = self.layout.size_bytes
-        flat = self.full[expert][:size].view(self.layout.dtype)
-        self.low[expert][: low.size_bytes].copy_(quantise(flat, low))
+        for layer in range(self.layers):
+            self.low += self._block(layer, low.stride_bytes, "low-precision experts").unbind(0)
+            for expert in range(layer * self.experts, (layer + 1) * self.experts):
+                flat = self.full[expert][:size].view(self.layout.dtype).to(device)
+                self.low[expert][: low.size_bytes].copy_(quantise(flat, low))
 
     def fill(
         self, source: Iterable[Loaded], advance: Callable[[int], None] = lambda experts: None

@@ -3,6 +3,10 @@
 What is issued cannot be called back; at most *depth* copies are issued ahead, so demand
 overtakes the prefetches that still wait. A copy into an idle engine pays a start-up time
 that a queued one hides (``copy_s`` isolated and queued in the hardware profile).
+
+A queued prefetch is taken to be issued the moment a place is free. A real host does so when
+it next polls: while it spins for a gate's answer, and at each event. With *depth* copies
+ahead the engine does not run dry meanwhile, unless copies are shorter than the host is busy.
 """
 
 from __future__ import annotations

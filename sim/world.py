@@ -4,12 +4,13 @@ Host and GPU are two timelines that meet at every gate: the host launches attent
 gate's answer, plans, issues copies and launches the experts, then runs ahead to the next
 layer; the GPU works in stream order and waits for launches and for copies that have not
 landed. SimPy is the clock: one timeout per event, at the moment the host has the answer.
+Decode steps that run as captured graphs have their own course, in :mod:`sim.graphs`.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import simpy
 
@@ -20,6 +21,7 @@ from policies.planner import NOTHING, Plan, Planner, blame
 from policies.recording import Recording
 from policies.result import CAUSES
 from policies.routing import DECODE, Routing, Step
+from sim.graphs import GraphSteps
 from sim.link import Link
 from sim.observer import Observer
 
@@ -52,7 +54,12 @@ class World:
             costs.idle_copy_s,
             depth,
         )
-        self._observer = Observer(self, recording) if recording is not None else None
+        self.observer = Observer(self, recording) if recording is not None else None
+        #: What policy and planner take per event, distinct expert and move, in seconds.
+        self.event_s = costs.event_s(planner.policy.name)
+        self.access_s = costs.access_s(planner.policy.name)
+        self.move_s = costs.move_s(planner.policy.name)
+        self._graphs = GraphSteps(self, costs.graph) if costs.graph is not None else None
         self.host_free_s = self.gpu_free_s = self.cpu_free_s = 0.0
         self.bound_host_s = self.bound_gpu_s = 0.0
         self.attention_s = self.experts_s = self.host_s = 0.0
@@ -104,30 +111,36 @@ class World:
             self._error = error
 
     def _forward(self, steps: Iterable[Step]) -> Generator[simpy.Event, None, None]:
-        observer = self._observer
+        observer = self.observer
         for step in steps:
             started, parts = self.gpu_free_s, self.parts_s
             if observer is not None:
                 observer.begin(step)
-            self._begin(step)
-            yield from self._layers(step)
+            moved = self._begin(step)
+            if self._graphs is not None and step.phase == DECODE:
+                yield from self._graphs.layers(step, moved)
+            else:
+                yield from self._layers(step)
             self._end(step, started, parts)
             if observer is not None:
                 observer.end()
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, step: Step) -> bool:
+        """What a policy fetches before the first layer; whether that is anything."""
         moves = self.planner.begin(step)
         if moves:
             self.link.advance(self.host_free_s)
-            issue = self.costs.copy_issue_s
-            self.host_free_s = self.link.prefetch(moves, self.host_free_s, issue)
+            planned = self.host_free_s + self.move_s * len(moves)
+            self.host_free_s = self.link.prefetch(moves, planned, self.costs.copy_issue_s)
+        return bool(moves)
 
     def _layers(self, step: Step) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap."""
         env, costs, pending, plan_event = self.env, self.costs, self.link.pending, self.planner.plan
-        attention, group_s, thinking = self._attention(step), costs.group_s, costs.event_s
+        attention, group_s, thinking = self._attention(step), costs.group_s, self.event_s
+        access_s = self.access_s
         one = costs.expert_s(1) if step.size == 1 else 0.0
-        ideal: list[tuple[float, float]] = []
+        ideal: list[tuple[int, float, float]] = []
         event = self.events
         for layer, experts in enumerate(step.demand):
             if self.host_free_s > self.gpu_free_s:  # the host still issued prefetches
@@ -144,23 +157,23 @@ class World:
             routing = Routing(step, layer, experts, event)
             plan = plan_event(routing)
             event += 1
-            seconds = None if one else self._seconds(routing)
+            seconds = None if one else self.seconds(routing, costs.expert_s)
             work = len(experts) * one if seconds is None else sum(seconds.values())
             least, issued = group_s[len(experts)]
             work = work if work > least else least
             busy = work if work > issued else issued
-            ideal.append((issued, busy))
+            ideal.append((len(experts), issued, busy))
             if plan is NOTHING and not pending:
-                start = decide + thinking
+                start = decide + (thinking + access_s * len(experts))
                 self.experts_s += work
                 self.host_s += start - gate + busy - work
                 self.host_free_s, self.gpu_free_s = start + issued, start + busy
-                if self._observer is not None:
-                    self._observer.span("GPU", "experts", start, start + work)
+                if self.observer is not None:
+                    self.observer.span("GPU", "experts", start, start + work)
             else:
                 self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
-            if self._observer is not None:
-                self._observer.event(routing, plan, (gate - attention, gate))
+            if self.observer is not None:
+                self.observer.event(routing, plan, (gate - attention, gate))
         self.events = event
         self.accesses += sum(map(len, step.demand))
         self._bound(attention, ideal)
@@ -171,32 +184,57 @@ class World:
         self.attention_s += attention * len(step.demand)
         return attention
 
-    def _seconds(self, routing: Routing) -> dict[int, float]:
+    @staticmethod
+    def seconds(routing: Routing, expert_s: Callable[[int], float]) -> dict[int, float]:
         """GPU seconds of each expert of an event with several tokens."""
-        work = map(self.costs.expert_s, routing.counts)
-        return dict(zip(routing.experts, work, strict=True))
+        return dict(zip(routing.experts, map(expert_s, routing.counts), strict=True))
 
-    def _bound(self, attention: float, ideal: list[tuple[float, float]]) -> None:
+    def _bound(self, attention: float, ideal: list[tuple[int, float, float]]) -> None:
         """The same step with everything resident: what ``compute_s`` adds up."""
         host, gpu = self.bound_host_s + self.costs.issue_gate_s, self.bound_gpu_s + attention
-        thinking = self.costs.sync_s + self.costs.event_s
-        for issued, busy in ideal:
-            start = (host if host > gpu else gpu) + thinking
+        thinking, access_s = self.costs.sync_s + self.costs.least_event_s, self.costs.least_access_s
+        for accesses, issued, busy in ideal:
+            start = (host if host > gpu else gpu) + (thinking + access_s * accesses)
             host = start + issued + self.costs.issue_gate_s
             gpu = start + busy + attention
         self.bound_host_s, self.bound_gpu_s = host - self.costs.issue_gate_s, gpu - attention
 
     def _serve(self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]) -> None:
         """An event that waits for copies or makes some."""
+        host, now = self.waves(routing, plan, gate, seconds)
+        if plan.prefetch:
+            host = self.link.prefetch(plan.prefetch, host, self.costs.copy_issue_s)
+        self.host_free_s, self.gpu_free_s = host, self.await_cpu(now)
+
+    def planned(self, routing: Routing, plan: Plan, decide: float) -> float:
+        """When the host has planned an event whose gate's answer it has had since *decide*."""
+        moves = sum(map(len, plan.waves)) + len(plan.prefetch)
+        thinking = self.event_s + self.access_s * len(routing.experts)
+        return decide + thinking + self.move_s * moves
+
+    def await_cpu(self, now: float) -> float:
+        """The GPU, free at *now*, waits for experts on the CPU; returns when it goes on."""
+        if self.cpu_free_s > now:
+            self.idle_s += self.cpu_free_s - now
+            return self.cpu_free_s
+        return now
+
+    def waves(
+        self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]
+    ) -> tuple[float, float]:
+        """Copy and compute an event eagerly: what is held first, the rest as it lands.
+
+        *seconds* has the GPU time of each expert. Returns when the host has launched and the
+        GPU has computed it all.
+        """
         link, costs = self.link, self.costs
         decide = self.env.now
-        host = decide + costs.event_s
+        host = self.planned(routing, plan, decide)
         if plan.served:
-            seconds = self._served(routing, plan.served, seconds)
+            seconds = self.served(routing, plan.served, seconds)
         arriving: list[tuple[Move, float]] = []
         if link.pending:
-            link.advance(decide)
-            arriving = self._late(seconds, decide)
+            arriving = self.late_moves(seconds, decide)
         waves = [[(move, seconds.pop(move.copy)) for move in wave] for wave in plan.waves]
         least, issue = costs.group_s[len(seconds)]
         ready = max(sum(seconds.values()), least)
@@ -211,22 +249,21 @@ class World:
                 self.host_s += host - now
                 now = host
             arriving, issue, ready = [], 0.0, 0.0
-        if plan.prefetch:
-            host = link.prefetch(plan.prefetch, host, costs.copy_issue_s)
-        if self.cpu_free_s > now:
-            self.idle_s += self.cpu_free_s - now
-            now = self.cpu_free_s
-        self.host_free_s, self.gpu_free_s = host, now
+        return host, now
 
-    def _late(self, seconds: dict[int, float], now: float) -> list[tuple[Move, float]]:
-        """Prefetches that the gate asks for before they have landed, with their work."""
+    def late_moves(self, seconds: dict[int, float], now: float) -> list[tuple[Move, float]]:
+        """Prefetches that the gate asks for before they have landed, with their work.
+
+        They come in the order in which they land and are taken out of *seconds*.
+        """
+        self.link.advance(now)
         pending = self.link.pending
         late = [(pending[copy], seconds.pop(copy)) for copy in tuple(seconds) if copy in pending]
         for move, _ in late:
             self.link.want(move, now)
         self.late += len(late)
-        if late and self._observer is not None:
-            self._observer.late([move for move, _ in late])
+        if late and self.observer is not None:
+            self.observer.late([move for move, _ in late])
         return sorted(late, key=_landing)
 
     def _compute(
@@ -239,22 +276,15 @@ class World:
         if begin > now:
             self.host_s += begin - now
             now = begin
-        watch = self._observer
+        watch = self.observer
         if watch is not None:
             watch.span("GPU", "experts", now, now + ready)
         now += ready
         worked = ready
         least = self.costs.least_alone_s
         for move, seconds in arriving:
-            wait = move.land_s - now
-            if wait > 0:
-                if watch is not None:
-                    watch.on_copy("GPU", "stall", move.copy, now, move.land_s)
-                now = move.land_s
-                if move.demand:
-                    self.stall_demand_s += wait
-                else:
-                    self.stall_late_s += wait
+            if move.land_s > now:
+                now = self.stall(move, now)
             if seconds < least:
                 seconds = least
             if watch is not None:
@@ -264,7 +294,18 @@ class World:
         self.experts_s += worked
         return now
 
-    def _served(
+    def stall(self, move: Move, now: float) -> float:
+        """The GPU, free at *now*, waits for *move*; returns when it has landed."""
+        wait = move.land_s - now
+        if self.observer is not None:
+            self.observer.on_copy("GPU", "stall", move.copy, now, move.land_s)
+        if move.demand:
+            self.stall_demand_s += wait
+        else:
+            self.stall_late_s += wait
+        return move.land_s
+
+    def served(
         self,
         routing: Routing,
         served: Mapping[int, Service | Substitute],
@@ -281,8 +322,8 @@ class World:
             elif service is Service.CPU:
                 begin = max(self.cpu_free_s, self.env.now)
                 self.cpu_free_s = begin + self.costs.cpu_expert_s(tokens[expert])
-                if self._observer is not None:
-                    self._observer.on_copy("CPU", "expert", expert, begin, self.cpu_free_s)
+                if self.observer is not None:
+                    self.observer.on_copy("CPU", "expert", expert, begin, self.cpu_free_s)
         return seconds
 
     def _end(self, step: Step, started: float, parts: tuple[float, ...]) -> None:

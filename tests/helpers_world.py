@@ -6,16 +6,39 @@ host and the GPU are processes of their own that hand work to each other through
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 
 import simpy
 
+from policies.base import Service
 from policies.costs import Costs
+from policies.hardware import HardwareProfile
 from policies.moves import Move
-from policies.planner import Planner
-from policies.routing import Routing, Step
+from policies.planner import Plan, Planner
+from policies.routing import DECODE, Routing, Step
 
 Flow = Generator[simpy.Event, object, None]
+
+
+def captured(profile: HardwareProfile) -> HardwareProfile:
+    """*profile* with decode steps as captured graphs, and a time for everything they need."""
+    host = replace(
+        profile.host,
+        graph_launch_s=6.1e-6,
+        table_update_s=4.3e-6,
+        move_s=2.7e-6,
+        access_s=1.3e-6,
+        policy_access_s={"lru": 7e-7, "predictive": 2.1e-6},
+        policy_event_s={"lru": 1.1e-5, "predictive": 4.7e-5},
+        policy_move_s={"predictive": 3.9e-6},
+    )
+    floors = {"any": 1.9e-5}
+    software = replace(
+        profile.software, layer_floor_s=floors, dense_efficiency=0.8, kv_efficiency={"any": 0.3}
+    )
+    expert = replace(profile.expert, fused_efficiency=0.7)
+    return replace(profile, host=host, software=software, expert=expert)
 
 
 class Transfer:
@@ -60,6 +83,9 @@ class Machine:
     def __init__(self, planner: Planner, costs: Costs, depth: int) -> None:
         self.env = simpy.Environment()
         self.planner, self.costs = planner, costs
+        self.event_s = costs.event_s(planner.policy.name)
+        self.access_s = costs.access_s(planner.policy.name)
+        self.move_s = costs.move_s(planner.policy.name)
         self.places = simpy.PriorityResource(self.env, capacity=depth)
         self.engine = simpy.Resource(self.env)
         self.on_the_way: dict[int, Transfer] = {}
@@ -72,24 +98,81 @@ class Machine:
         return self
 
     def host(self, steps: Iterable[Step]) -> Flow:
-        """The host's one thread; *gpu* is when all work given to the GPU so far is done."""
-        gpu: simpy.Event = self.env.timeout(0)
+        """The host's one thread; each step is over when the GPU has done all of it."""
         event = 0
         for step in steps:
-            yield from self.submit(self.planner.begin(step), urgent=False)
-            for layer, experts in enumerate(step.demand):
-                attention = self.costs.attention_s(step.size, step.kv_tokens)
-                gate = self.env.process(self.after(gpu, attention))
-                yield self.env.timeout(self.costs.issue_gate_s)
-                yield gate
-                yield self.env.timeout(self.costs.sync_s)
-                routing = Routing(step, layer, experts, event)
-                done = self.env.event()
-                yield from self.serve(routing, done)
-                gpu = done
-                event += 1
-            yield gpu
+            moves = self.planner.begin(step)
+            yield self.env.timeout(self.move_s * len(moves))
+            yield from self.submit(moves, urgent=False)
+            routings = [
+                Routing(step, layer, experts, event + layer)
+                for layer, experts in enumerate(step.demand)
+            ]
+            event += len(routings)
+            graphs = self.costs.graph is not None and step.phase == DECODE
+            if graphs:
+                yield from self.replays(step, routings, stale=bool(moves))
+            else:
+                yield from self.launches(step, routings)
             yield self.env.timeout(self.costs.step_s)
+
+    def launches(self, step: Step, routings: Sequence[Routing]) -> Flow:
+        """A step launched kernel by kernel; *gpu* is when all work given to it is done."""
+        gpu: simpy.Event = self.env.timeout(0)
+        attention = self.costs.attention_s(step.size, step.kv_tokens)
+        for routing in routings:
+            gate = self.env.process(self.after(gpu, attention))
+            yield self.env.timeout(self.costs.issue_gate_s)
+            yield gate
+            yield self.env.timeout(self.costs.sync_s)
+            gpu = self.env.event()
+            yield from self.serve(routing, gpu)
+        yield gpu
+
+    def replays(self, step: Step, routings: Sequence[Routing], stale: bool) -> Flow:
+        """A step replayed graph by graph; the GPU goes on to the next gate by itself.
+
+        *stale* says that the table does not know where all experts lie.
+        """
+        graph = self.costs.graph
+        attention = graph.attention_s(step.size, step.kv_tokens)
+        yield self.env.timeout(graph.launch_s)
+        answer = self.env.process(self.after(self.env.timeout(0), attention + self.costs.sync_s))
+        for routing in routings:
+            yield answer
+            last = routing is routings[-1]
+            then = graph.head_s if last else attention + self.costs.sync_s
+            plan = self.planner.plan(routing)
+            if len(plan.waves) > 1 or Service.CPU in (plan.served or {}).values():
+                done = self.env.event()
+                yield from self.eager(routing, plan, done, graph.expert_s)
+                yield done
+                yield self.env.timeout(graph.table_update_s + graph.launch_s)
+                answer = self.env.process(self.after(self.env.timeout(0), then))
+                stale = True
+            else:
+                needed = yield from self.fused(routing, plan, stale or bool(plan.waves))
+                stale = bool(plan.prefetch)
+                work = sum(map(graph.expert_s, routing.counts))
+                answer = self.env.process(self.after(self.env.all_of(needed), work + then))
+            yield from self.submit(plan.prefetch, urgent=False)
+        yield answer
+
+    def fused(
+        self, routing: Routing, plan: Plan, update: bool
+    ) -> Generator[simpy.Event, object, list[simpy.Event]]:
+        """The host up to the launch of an event's graph; returns what its GPU part awaits."""
+        graph = self.costs.graph
+        waiting = self.late_ones(routing, plan)
+        moves = sum(map(len, plan.waves)) + len(plan.prefetch)
+        accesses = self.access_s * len(routing.experts)
+        yield self.env.timeout(self.event_s + accesses + self.move_s * moves)
+        for wave in plan.waves:
+            waiting += yield from self.submit(wave, urgent=True)
+        if update:
+            yield self.env.timeout(graph.table_update_s)
+        yield self.env.timeout(graph.launch_s)
+        return [transfer.landed for transfer in waiting]
 
     def after(self, before: simpy.Event, seconds: float) -> Flow:
         yield before
@@ -98,18 +181,38 @@ class Machine:
     def serve(self, routing: Routing, done: simpy.Event) -> Flow:
         """One event on the host: plan, copy, launch, prefetch. *done* follows on the GPU."""
         plan = self.planner.plan(routing)
-        seconds = {
-            expert: self.costs.expert_s(tokens)
-            for expert, tokens in zip(routing.experts, routing.counts, strict=True)
-        }
+        yield from self.eager(routing, plan, done, self.costs.expert_s)
+        yield from self.submit(plan.prefetch, urgent=False)
+
+    def late_ones(self, routing: Routing, plan: Plan) -> list[Transfer]:
+        """Held experts still on their way; those that are not issued become urgent."""
         missed = set(plan.missed)
-        waiting = [self.on_the_way[e] for e in seconds if e not in missed and self.flies(e)]
+        held = [e for e in routing.experts if e not in missed]
+        waiting = [self.on_the_way[e] for e in held if self.flies(e)]
         for transfer in waiting:
             self.late += 1
             if not transfer.issued:
                 transfer.process.interrupt("wanted")
+        return waiting
+
+    def eager(
+        self,
+        routing: Routing,
+        plan: Plan,
+        done: simpy.Event,
+        expert_s: Callable[[int], float],
+    ) -> Flow:
+        """The experts of one event: what is held together, the rest one by one."""
+        seconds = {
+            expert: expert_s(tokens)
+            for expert, tokens in zip(routing.experts, routing.counts, strict=True)
+        }
+        missed = set(plan.missed)
+        waiting = self.late_ones(routing, plan)
         held = [e for e in seconds if e not in missed and not self.flies(e)]
-        yield self.env.timeout(self.costs.event_s)
+        moves = sum(map(len, plan.waves)) + len(plan.prefetch)
+        accesses = self.access_s * len(routing.experts)
+        yield self.env.timeout(self.event_s + accesses + self.move_s * moves)
         least, launches = self.costs.group_s[len(held)]
         ready = max(sum(seconds[e] for e in held), least)
         for number, wave in enumerate(plan.waves or [()]):
@@ -123,7 +226,6 @@ class Machine:
                 yield computed
             ready, launches, waiting = 0.0, 0.0, []
         self.env.process(self.finish(computed, done))
-        yield from self.submit(plan.prefetch, urgent=False)
 
     def finish(self, computed: simpy.Event, done: simpy.Event) -> Flow:
         """The GPU is done once it has computed what has all been launched."""

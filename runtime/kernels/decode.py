@@ -36,25 +36,35 @@ class Tiles:
 
 
 def first_tiles(banks: Banks, gating: Gating) -> Tiles:
-    """Tiles of the first projection: 8192 weights, 128 bytes for each of 128 threads."""
+    """Tiles of the first projection."""
+    weights = _tile(banks)
     if banks.layout.transposed:
-        # 128 bytes of each row of outputs.
-        return Tiles(block_n=32 if gating.gated else 64, block_k=128)
-    block_k = _within(banks.hidden, 1024)
-    return Tiles(block_n=max(1, 8192 // block_k // (2 if gating.gated else 1)), block_k=block_k)
+        # Pieces of rows of outputs: 128 bytes each.
+        return Tiles(block_n=32 if gating.gated else 64, block_k=weights // 64)
+    block_k = _within(banks.hidden, weights // 8)
+    return Tiles(block_n=max(1, weights // block_k // (2 if gating.gated else 1)), block_k=block_k)
 
 
 def second_tiles(banks: Banks, top_k: int) -> Tiles:
-    """Tiles of the second projection: 8192 weights over all pairs of a token."""
-    pairs = _power_of_two(top_k)
+    """Tiles of the second projection, over all pairs of a token."""
+    weights = max(16, _tile(banks) // _power_of_two(top_k))
     if banks.layout.transposed:
-        block_n, block_k = 64, max(1, 128 // pairs)
+        block_n, block_k = 64, max(1, weights // 64)
     else:
         block_n = 4
-        block_k = _within(banks.intermediate, max(16, 2048 // pairs))
+        block_k = _within(banks.intermediate, weights // 4)
     blocks = -(-banks.output // block_n)
     splits = max(1, min(PROGRAMS // blocks, -(-banks.intermediate // block_k)))
     return Tiles(block_n, block_k, splits=splits)
+
+
+def _tile(banks: Banks) -> int:
+    """Weights in a program's tile of 128 threads.
+
+    64 bfloat16 a thread, in eight loads of 16 bytes, keep the memory busy within 128
+    registers. Raising low-precision weights takes twice the registers for each.
+    """
+    return 8192 if banks.low_layout is None else 4096
 
 
 class DecodeKernels:
@@ -94,7 +104,7 @@ class DecodeKernels:
         self._second_constants = _second_constants(banks, top_k, self._second)
         self._compiled: dict[Any, tuple[Any, Any]] = {}
 
-    def run(
+    def run(  # noqa: PLR0913
         self,
         hidden: Tensor,
         index: Tensor,
@@ -110,6 +120,8 @@ class DecodeKernels:
             raise InputError(f"index has {top_k} experts per token, expected {self._top_k}")
         if not tokens:
             return
+        # Gates hand out slices; the kernels walk rows without strides.
+        hidden, index, weights = hidden.contiguous(), index.contiguous(), weights.contiguous()
         full_slots = self._banks.full_slots
         first = (hidden, index, table, self._full, self._low, self._inner, full_slots, only)
         second = (self._inner, index, weights, table, self._full, self._low, out, self._partial,

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from policies.base import Context, Forecast, Policy
 from policies.forecasters.oracle import Oracle
+from policies.hardware import CopyTable, Direction, HardwareProfile
 from policies.registry import POLICIES
 from policies.routing import Routing
 from policies.testing import example_model
 from sim.world import World
 from tests.helpers import BUSY, machine, random_trace, replay, simulate, trace_of
 from tests.helpers_replay import events_of
+from tests.helpers_world import captured
 from traces.trace import MemoryTrace
 
 EXACT = ["belady", "fifo", "lfru", "lfu", "lru", "predictive", "static"]
@@ -29,20 +31,38 @@ def without_cache_reads(trace: MemoryTrace) -> MemoryTrace:
     return MemoryTrace(replace(trace.model, kv_bytes_per_token=0), trace.items)
 
 
+def with_copies(profile: HardwareProfile, share: float) -> HardwareProfile:
+    """*profile* with copies that take *share* of their time."""
+
+    def faster(table: CopyTable) -> CopyTable:
+        return CopyTable(table.sizes_bytes, tuple(share * s for s in table.seconds))
+
+    h2d = profile.link.h2d
+    way = Direction(faster(h2d.isolated), faster(h2d.queued))
+    return replace(profile, link=replace(profile.link, h2d=way))
+
+
 def run(name: str, trace: MemoryTrace, slots: int, batch: int, seed: int = 0) -> World:
     forecaster = Oracle(accuracy=0.8, horizon=4) if name == "predictive" else None
     return simulate(name, trace, slots, BUSY, batch=batch, forecaster=forecaster)
 
 
+@pytest.mark.parametrize("profile", [BUSY, captured(BUSY)], ids=["eager", "graphs"])
 @pytest.mark.parametrize("name", [*EXACT, "mixed"])
-@given(seed=st.integers(0, 10**6), slots=st.integers(2, 18), batch=st.integers(1, 3))
+@given(
+    seed=st.integers(0, 10**6),
+    slots=st.integers(2, 18),
+    batch=st.integers(1, 3),
+    copy_share=st.sampled_from([1.0, 1e-9]),
+)
 @settings(max_examples=25, deadline=None)
 def test_the_breakdown_is_the_total_and_no_bound_is_beaten(
-    name: str, seed: int, slots: int, batch: int
+    name: str, profile: HardwareProfile, seed: int, slots: int, batch: int, copy_share: float
 ) -> None:
+    profile = with_copies(profile, copy_share)
     trace = random_trace(seed)
     forecaster = Oracle(accuracy=0.8, horizon=4) if POLICIES.build(name).forecasts else None
-    world = simulate(name, trace, slots, BUSY, batch=batch, forecaster=forecaster)
+    world = simulate(name, trace, slots, profile, batch=batch, forecaster=forecaster)
     assert sum(world.parts_s) == pytest.approx(world.total_s, rel=1e-9)
     assert min(world.parts_s) >= 0
     steps_s = world.prefill_s + sum(world.decode_step_s)
@@ -51,7 +71,7 @@ def test_the_breakdown_is_the_total_and_no_bound_is_beaten(
         assert world.total_s >= world.compute_bound_s * (1 - 1e-12)
         if all(len(demand) <= slots for _, demand in events_of(trace, batch)):
             fewest = replay("belady", trace, slots, batch=batch).counts["missed"]
-            assert world.total_s >= fewest * BUSY.link.h2d.copy_s(3000, queued=True)
+            assert world.total_s >= fewest * profile.link.h2d.copy_s(3000, queued=True)
     size = world.costs.full_bytes
     if name in EXACT:
         counts = world.planner.counts
@@ -68,11 +88,17 @@ def test_the_link_is_never_busier_than_the_run_is_long(name: str) -> None:
         assert world.link.busy_s <= world.total_s + 2 * world.costs.idle_copy_s(3000)
 
 
+@pytest.mark.parametrize("profile", [BUSY, captured(BUSY)], ids=["eager", "graphs"])
 @pytest.mark.parametrize("name", DEMAND_ONLY)
-def test_with_room_for_all_a_second_pass_is_compute_bound(name: str) -> None:
+def test_with_room_for_all_a_second_pass_is_compute_bound(
+    name: str, profile: HardwareProfile
+) -> None:
+    """Under the policy that thinks least, where policies differ in that."""
+    host = replace(profile.host, policy_event_s={}, policy_access_s={})
+    profile = replace(profile, host=host)
     once, twice = random_trace(1, lengths=(20,)), random_trace(1, lengths=(20,))
     twice = MemoryTrace(twice.model, [*once.items, *once.items])
-    first, both = (simulate(name, trace, 18) for trace in (once, twice))
+    first, both = (simulate(name, trace, 18, profile) for trace in (once, twice))
     assert both.planner.counts["missed"] == first.planner.counts["missed"] > 0
     assert both.total_s - first.total_s == pytest.approx(
         both.compute_bound_s - first.compute_bound_s, rel=1e-9

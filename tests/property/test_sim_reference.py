@@ -19,7 +19,7 @@ from policies.planner import Planner
 from policies.registry import POLICIES
 from sim.world import World
 from tests.helpers import machine, random_trace
-from tests.helpers_world import Machine
+from tests.helpers_world import Machine, captured
 from traces.trace import MemoryTrace
 
 PROFILES = {
@@ -31,6 +31,7 @@ PROFILES = {
     "slow link": machine(copy_s=7.3e-3, idle_extra_s=1.9e-3, event_s=1.1e-5, copy_issue_s=3e-6),
     "fast link": machine(copy_s=1.7e-4, expert_s=3.1e-4, event_s=9e-6, sync_s=1.3e-5),
 }  # fmt: skip
+PROFILES |= {f"{name}, graphs": captured(profile) for name, profile in PROFILES.items()}
 
 
 def planner_of(
@@ -44,7 +45,7 @@ def planner_of(
         slots,
         batch=batch,
         transfer_s=costs.queued_copy_s(costs.full_bytes),
-        layer_s=costs.layer_s(),
+        layer_s=costs.layer_s(policy.name),
     )
     future = Future(Batches(trace, batch))
     forecaster: Forecaster | None = None

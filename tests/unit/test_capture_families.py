@@ -13,67 +13,15 @@ transformers = pytest.importorskip("transformers", reason="the extra 'gpu' is no
 from runtime.capture import CaptureSettings, make_recorder, run_batch  # noqa: E402
 from runtime.families import FAMILIES, find_gates, model_spec  # noqa: E402
 from runtime.sampling import Sampling  # noqa: E402
+from tests.tiny_models import DENSE_LAYERS, tiny_model  # noqa: E402
 from traces.errors import InputError  # noqa: E402
 
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    # Large enough that the random gates disagree and the outputs vary.
-    "initializer_range": 0.3,
-}
-LATENT = {
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 24,
-    "intermediate_size": 40,
-    "kv_lora_rank": 16,
-    "q_lora_rank": None,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "routed_scaling_factor": 2.5,
-    "num_key_value_heads": 4,
-}
-EXPERTS = {
-    "mixtral": {"num_local_experts": 8, "intermediate_size": 24},
-    "qwen3_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 24,
-        "intermediate_size": 40,
-        "head_dim": 16,
-        "norm_topk_prob": True,
-        "mlp_only_layers": [1],
-    },
-    "olmoe": {"num_experts": 8, "intermediate_size": 24, "norm_topk_prob": False},
-    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy"},
-    "deepseek_v3": LATENT,
-    "gpt_oss": {"num_local_experts": 8, "intermediate_size": 24, "head_dim": 16},
-}
-DENSE_LAYERS = {"qwen3_moe": 1, "deepseek_v2": 1, "deepseek_v3": 1}
 PROMPTS = [[5, 9, 33, 12, 7], [40, 3], [11, 60, 22, 8, 2, 17, 29]]
 
 
 def tiny(family, **changes):
     """A random model of *family* in float32, always the same one."""
-    options = {**COMMON, **EXPERTS[family], **changes}
-    config = transformers.AutoConfig.for_model(family, **options)
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for gate in find_gates(model):
-        if hasattr(gate.router, "e_score_correction_bias"):
-            gate.router.e_score_correction_bias.normal_(std=0.3)
-    return model
+    return tiny_model(family, seed=1, layers=4, **changes)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -131,7 +79,7 @@ def test_ahead_is_the_later_gate_asked_with_this_gates_input(model):
         for layer, gate in enumerate(gates[distance:]):
             hidden = torch.cat([call[0] for call in seen[layer]])
             with torch.inference_mode():
-                _, _, chosen = gate.router(hidden)
+                _, _, chosen = gate.parts(gate.router(hidden))
             np.testing.assert_array_equal(np.sort(ahead[:, layer, :2]), chosen.sort(dim=1).values)
 
 
@@ -140,12 +88,13 @@ def test_ranking_has_no_expert_twice_and_extends_the_choice(model):
     hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         full = gate.rank(hidden, 8)
-        logits, weights, chosen = gate.router(hidden)
+        output = gate.router(hidden)
+        logits, _, chosen = gate.parts(output)
         scores = gate.scores(gate.router, logits)
     assert torch.equal(full.sort(dim=1).values, torch.arange(8).expand(50, 8))
     # The family's own scores choose exactly what the gate chooses.
     assert torch.equal(scores.topk(2, dim=1).indices.sort(dim=1).values, chosen.sort(dim=1).values)
-    assert torch.equal(full[:, :2], gate.falling((logits, weights, chosen))[0])
+    assert torch.equal(full[:, :2], gate.falling(output)[0])
     rest = scores.gather(1, full[:, 2:])
     assert (rest.diff(dim=1) <= 0).all()
     with torch.inference_mode():
@@ -251,6 +200,52 @@ def test_a_family_that_was_never_tested_is_refused_by_name():
 def test_a_model_without_moe_layers_is_refused():
     with pytest.raises(InputError, match="Qwen3MoeForCausalLM: no MoE layer"):
         tiny("qwen3_moe", mlp_only_layers=[0, 1, 2, 3])
+
+
+def test_a_gate_knows_its_modules_and_its_shape(model):
+    gates = find_gates(model)
+    assert len(gates) == 4 - DENSE_LAYERS.get(model.config.model_type, 0)
+    for gate in gates:
+        assert (gate.top_k, gate.num_experts, gate.hidden) == (2, 8, 32)
+        assert gate.decoder in list(model.base_model.layers)
+        assert gate.block in list(gate.decoder.children())
+        assert {gate.router, gate.experts} <= set(gate.block.children())
+
+
+def test_a_routers_answer_is_taken_apart_and_replaced(model):
+    gate = find_gates(model)[0]
+    with torch.inference_mode():
+        output = gate.router(torch.zeros(3, 32))
+    logits, weights, experts = gate.parts(output)
+    assert (logits.shape, weights.shape, experts.shape) == ((3, 8), (3, 2), (3, 2))
+    assert experts.dtype == torch.int64
+    other = gate.replaced(output, weights + 1, experts * 0)
+    assert [a.shape for a in other] == [a.shape for a in output]
+    again = gate.parts(other)
+    assert torch.equal(again[0], logits)
+    assert torch.equal(again[1], weights + 1)
+    assert not again[2].any()
+
+
+def test_both_orders_of_a_routers_answer_are_understood():
+    """transformers 5.17 returns granite's experts first and its logits last."""
+    gate = find_gates(tiny("granitemoe"))[0]
+    values = torch.zeros(3, 8), torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    assert all(a is b for a, b in zip(gate.parts(values), values, strict=True))
+    assert all(a is b for a, b in zip(gate.parts(values[::-1]), values, strict=True))
+    assert gate.replaced(values[::-1], values[1], values[2])[2] is values[0]
+
+
+def test_experts_without_an_exchangeable_forward_are_refused():
+    model = tiny("mixtral")
+    del find_gates(model)[1].experts.is_transposed
+    with pytest.raises(InputError, match="MixtralForCausalLM: MixtralExperts has no exchangeable"):
+        find_gates(model)
+
+
+def test_a_sparse_mixer_of_another_width_is_refused():
+    with pytest.raises(InputError, match="PhimoeForCausalLM: 3 experts per token, expected 2"):
+        tiny("phimoe", num_experts_per_tok=3)
 
 
 @pytest.mark.parametrize("width", [0, 9])

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policies.costs import Costs
 from policies.hardware import (
     FIGURES,
     PROFILES,
@@ -173,6 +174,44 @@ def test_a_profile_becomes_json() -> None:
     assert values["measurement"]["date"] == "2026-11-23"
 
 
+def test_what_only_graphs_need_is_optional() -> None:
+    """A profile without it runs eagerly, and neither shows it nor needs sources for it."""
+    assert H200.host.graph_launch_s == H200.host.move_s == H200.gpu.workspace_bytes == 0
+    assert H200.host.policy_event_s == H200.software.layer_floor_s == {}
+    assert H200.software.dense_efficiency == 1.0
+    shown = set(leaves(H200, FIGURES))
+    assert {path for path in shown if "graph" in path or "policy" in path} == set()
+    assert Costs(H200, model_sizes("olmoe")).graph is None
+    assert hash(H200.host) == hash(load_profile("h200-pcie5").host)
+
+
+def test_a_profile_with_graphs(tmp_path: Path) -> None:
+    values = json.loads(json.dumps(A40))
+    values["host"] |= {"graph_launch_s": 7e-6, "policy_event_s": {"lru": 1e-5}}
+    values["software"]["layer_floor_s"] = {"any": 4e-5, "olmoe": 5e-5}
+    values["gpu"]["workspace_bytes"] = 1000
+    values["sources"]["host.graph_launch_s"] = "assumed: for a test"
+    values["sources"]["host.policy_event_s"] = "assumed: for a test"
+    path = tmp_path / "graphs.toml"
+    path.write_text("\n".join(f"{key} = {_toml(value)}" for key, value in values.items()))
+    profile = load_profile(path)
+    assert profile.host.policy_event_s == {"lru": 1e-5}
+    assert profile.gpu.workspace_bytes == 1000
+    shown = CliRunner().invoke(hardware, [str(path)]).output
+    assert "host.graph_launch_s" in shown
+    assert "host.policy_event_s" in shown
+    assert "host.table_update_s" not in shown
+    graph = Costs(profile, model_sizes("olmoe")).graph
+    assert graph is not None
+    assert (graph.launch_s, graph.floor_s) == (7e-6, 5e-5)
+
+
+def test_an_efficiency_scales_reading_alone() -> None:
+    whole, half = (H200.roofline_s(1e9, 0.0, efficiency=share) for share in (1.0, 0.5))
+    assert half == pytest.approx(2 * whole)
+    assert H200.roofline_s(1e9, 0.0) == pytest.approx(whole / H200.expert.memory_efficiency)
+
+
 def test_sources_are_looked_up_by_the_longest_path() -> None:
     assert H200.source_of("link.h2d.queued.seconds").startswith("measured: pinned")
     assert H200.source_of("host.event_s").startswith("assumed")
@@ -239,6 +278,14 @@ def _toml(value: Any) -> str:
         (_set("link/h2d/queued/seconds", [1.0, 2.0]), "link.h2d: queued copies of 4096 bytes"),
         (_set("link/h2d/queued/sizes_bytes", [9, 9]), "sizes_bytes are not rising"),
         (_set("link/h2d/queued/sizes_bytes", [1, "a"]), "sizes_bytes[1] is 'a'"),
+        (_set("gpu/workspace_bytes", -1), "gpu.workspace_bytes is -1"),
+        (_set("host/policy_event_s", {"lru": -1}), "host.policy_event_s.lru is -1, expected a"),
+        (_set("host/policy_event_s", 3), "host.policy_event_s is 3, expected a table"),
+        (_set("software/layer_floor_s", {"any": "x"}), "software.layer_floor_s.any is 'x'"),
+        (_set("software/layer_floor_s", {"olmoe": 1e-5}), "'software.layer_floor_s.any' is mis"),
+        (_set("software/kv_efficiency", {"any": 0}), "software.kv_efficiency.any is 0, expected"),
+        (_set("software/kv_efficiency", {"olmoe": 1}), "'software.kv_efficiency.any' is missing"),
+        (_set("software/dense_efficiency", 0), "software.dense_efficiency is 0, expected a nu"),
         (_set("sources/cpu", None), "sources: nothing is said of cpu.expert_bytes_per_s"),
         (_set("sources/cpu", "hearsay: a friend"), "sources.cpu is 'hearsay: a friend'"),
         (_set("sources/cpu", 3), "sources.cpu is 3, expected a text"),
@@ -259,6 +306,16 @@ def test_a_bad_profile_is_refused(
     assert text.startswith(str(path))
     assert message in text
     assert "\n" not in text
+
+
+def test_graphs_need_a_floor(tmp_path: Path) -> None:
+    values = json.loads(json.dumps(A40))
+    values["host"]["graph_launch_s"] = 7e-6
+    values["sources"]["host"] = "assumed: for a test"
+    path = tmp_path / "bad.toml"
+    path.write_text("\n".join(f"{key} = {_toml(value)}" for key, value in values.items()))
+    with pytest.raises(InputError, match=r"expected software\.layer_floor_s as well"):
+        load_profile(path)
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:

@@ -1,0 +1,114 @@
+"""Copies between host and device: tables by size, pinning, and what issuing one costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.calibration.bench import Bench
+from runtime.calibration.fits import queued_within, rising, significant
+from runtime.lanes import lanes_for
+from runtime.store import PinnedBlock
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+#: From four kibibytes to the largest experts, four steps for each factor of 32 or so.
+SIZES = (
+    4 * KIB, 64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 12 * MIB, 16 * MIB, 32 * MIB,
+    64 * MIB, 128 * MIB, 352 * MIB, GIB,
+)  # fmt: skip
+QUICK_MOST = 256 * MIB
+HOST_MOST = 16 * MIB
+
+#: Bytes of one measurement of copies back to back.
+QUEUED_BYTES = 512 * MIB
+MOST_QUEUED = 64
+
+
+class Table(NamedTuple):
+    """Seconds of one direction's copies by size, into an idle engine and back to back."""
+
+    sizes_bytes: list[int]
+    isolated_s: list[float]
+    queued_s: list[float]
+
+
+class Copies(NamedTuple):
+    """All that was measured of copies."""
+
+    h2d: Table
+    d2h: Table
+    pinned_alloc_bytes_per_s: float
+    issue_s: float
+
+
+def measure_copies(bench: Bench, advance: Callable[[], None]) -> Copies:
+    """Both directions' tables; *advance* is called after each size."""
+    most = SIZES[-1] if bench.cuda else HOST_MOST
+    if bench.quick:
+        most = min(most, QUICK_MOST)
+    sizes = [size for size in SIZES if size <= most]
+    started = time.perf_counter()
+    block = PinnedBlock(most, pin=bench.cuda, what="calibration")
+    if not bench.cuda:
+        block.bytes.zero_()  # without registering, the first touch allocates
+    pinned = most / (time.perf_counter() - started)
+    try:
+        there = torch.zeros(most, dtype=torch.uint8, device=bench.device)
+        h2d = _table(bench, sizes, there, block.bytes, advance)
+        d2h = _table(bench, sizes, block.bytes, there, advance)
+        issue = _issue_s(bench, there, block.bytes)
+    finally:
+        bench.wait()
+        block.close()
+    return Copies(h2d, d2h, significant(pinned), issue)
+
+
+def _table(
+    bench: Bench, sizes: list[int], target: Tensor, source: Tensor, advance: Callable[[], None]
+) -> Table:
+    isolated, queued = [], []
+    for size in sizes:
+        to, of = target[:size], source[:size]
+
+        def copy(to: Tensor = to, of: Tensor = of) -> None:
+            to.copy_(of, non_blocking=True)
+
+        repeats = 5 if size > 64 * MIB else 15
+        isolated.append(bench.device_s(copy, repeats))
+        queued.append(_queued_s(bench, copy, size))
+        advance()
+    isolated = [significant(s, 6) for s in rising(isolated)]
+    queued = [significant(s, 6) for s in rising(queued_within(rising(queued), isolated))]
+    return Table(list(sizes), isolated, queued_within(queued, isolated))
+
+
+def _queued_s(bench: Bench, copy: Callable[[], None], size: int) -> float:
+    """Seconds of one of many copies on one stream, all issued before the first runs."""
+    count = max(3, min(MOST_QUEUED, QUEUED_BYTES // size))
+    if not bench.cuda:
+        count = min(count, 4)
+
+    def many() -> None:
+        for _ in range(count):
+            copy()
+
+    return bench.device_s(many, 3 if size > 64 * MIB else 7, held=True) / count
+
+
+def _issue_s(bench: Bench, there: Tensor, here: Tensor) -> float:
+    """Host seconds to issue one copy as the runtime does: its marks, and a wait for it."""
+    lanes, size, count = lanes_for(bench.device), 4 * KIB, 16
+
+    def issue() -> None:
+        for i in range(count):
+            _, end = lanes.copy(there[i * size : (i + 1) * size], here[i * size : (i + 1) * size])
+            lanes.compute_after(end)
+
+    seconds = bench.host_s(issue) / count
+    lanes.finish()
+    return significant(seconds)

@@ -1,0 +1,133 @@
+"""From samples to figures: arithmetic without a clock or a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+#: A larger copy is taken to be longer by at least this share: tables must rise.
+LEAST_RISE = 1e-3
+
+
+class Line(NamedTuple):
+    """``alpha + beta * x``; *residual* is the root mean square of what it misses."""
+
+    alpha: float
+    beta: float
+    residual: float
+
+
+def line(xs: Sequence[float], ys: Sequence[float], weights: Sequence[float] | None = None) -> Line:
+    """The least-squares line through (xs, ys), neither part below 0.
+
+    Where a part would be negative it is 0 and the other is fitted alone. One distinct x gives
+    a constant.
+    """
+    x, y = np.asarray(xs, dtype=float), np.asarray(ys, dtype=float)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=float)
+    mean_x, mean_y = np.average(x, weights=w), np.average(y, weights=w)
+    spread = np.average((x - mean_x) ** 2, weights=w)
+    beta = 0.0
+    if spread > 0:
+        beta = max(float(np.average((x - mean_x) * (y - mean_y), weights=w) / spread), 0.0)
+    alpha = float(mean_y - beta * mean_x)
+    if alpha < 0:
+        alpha, beta = 0.0, float(np.average(x * y, weights=w) / np.average(x * x, weights=w))
+    missed = y - (alpha + beta * x)
+    return Line(alpha, beta, math.sqrt(float(np.average(missed**2, weights=w))))
+
+
+def rising(seconds: Sequence[float]) -> list[float]:
+    """*seconds* as near as can be (least squares) that do rise, each by :data:`LEAST_RISE`.
+
+    Neighbours in the wrong order are pooled (pool adjacent violators).
+    """
+    pools: list[tuple[float, int]] = []
+    for value in seconds:
+        total, count = float(value), 1
+        while pools and pools[-1][0] / pools[-1][1] >= total / count:
+            more, members = pools.pop()
+            total, count = total + more, count + members
+        pools.append((total, count))
+    level = [total / count for total, count in pools for _ in range(count)]
+    for i in range(1, len(level)):
+        level[i] = max(level[i], level[i - 1] * (1 + LEAST_RISE))
+    return level
+
+
+def queued_within(queued: Sequence[float], isolated: Sequence[float]) -> list[float]:
+    """*queued* seconds, none above the *isolated* ones of the same size: noise could say so."""
+    return [min(pair) for pair in zip(queued, isolated, strict=True)]
+
+
+class Thinking(NamedTuple):
+    """Seconds of policy and planner: per event, and per move."""
+
+    event_s: float
+    move_s: float
+    #: Root mean square that the line misses of the medians, and that a constant would.
+    residual_s: float
+    constant_residual_s: float
+
+
+def thinking(moves: Sequence[int], seconds: Sequence[float]) -> Thinking:
+    """What one event costs and each of its moves, from many timed events.
+
+    The median of all events with the same number of moves is one point: a pause of the host
+    must not count. Points weigh as the root of their events.
+    """
+    counts = np.asarray(moves)
+    times = np.asarray(seconds, dtype=float)
+    kinds = np.unique(counts)
+    medians = [float(np.median(times[counts == kind])) for kind in kinds]
+    weights = [math.sqrt(float((counts == kind).sum())) for kind in kinds]
+    fitted = line(kinds.tolist(), medians, weights)
+    points = np.asarray(medians)
+    average = float(np.average(points, weights=weights))
+    constant = math.sqrt(float(np.average((points - average) ** 2, weights=weights)))
+    return Thinking(fitted.alpha, fitted.beta, fitted.residual, constant)
+
+
+class ExpertTime(NamedTuple):
+    """One timed expert: bytes of its weights, operations and bytes of activations."""
+
+    read_bytes: float
+    flops: float
+    activation_bytes: float
+    seconds: float
+
+
+def activation_passes(
+    rows: Sequence[ExpertTime], read_rate: float, flops_per_s: float, memory_rate: float
+) -> float:
+    """How often an expert's activations cross memory; *activation_bytes* are of one pass.
+
+    A profile takes the time of an expert to be the root of squares of reading and of
+    computing plus activations; what of the second is not operations is activations.
+    Least squares over *rows*, 0 if operations alone explain them.
+    """
+    above = below = 0.0
+    for row in rows:
+        read_s = row.read_bytes / read_rate
+        computing_s = math.sqrt(max(row.seconds**2 - read_s**2, 0.0))
+        left = computing_s - row.flops / flops_per_s
+        pass_s = row.activation_bytes / memory_rate
+        # Relative to the row's time, so that long rows do not decide alone.
+        above += left * pass_s / row.seconds**2
+        below += pass_s**2 / row.seconds**2
+    return max(above / below, 0.0) if below else 0.0
+
+
+def read_efficiency(sizes_bytes: Sequence[float], seconds: Sequence[float], rate: float) -> Line:
+    """The line through times of reading; its ``beta`` becomes the share of *rate* reached."""
+    found = line(sizes_bytes, seconds)
+    share = 1 / (found.beta * rate) if found.beta > 0 else 1.0
+    return found._replace(beta=min(share, 1.0))
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """*value* to *digits* significant digits: more would pretend."""
+    return float(f"{value:.{digits - 1}e}")

@@ -1,0 +1,100 @@
+"""The device's rates and smallest times: memory, operations, launches, graphs, an answer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from runtime.bank import ExpertTable
+from runtime.calibration.bench import Bench, median_s
+from runtime.calibration.fits import significant
+from runtime.lanes import lanes_for
+
+MIB = 2**20
+
+
+class Rates(NamedTuple):
+    """Achievable memory rate (reads and writes together) and dense bf16 operations."""
+
+    memory_bytes_per_s: float
+    bf16_flops_per_s: float
+    kernel_min_s: float
+
+
+def measure_rates(bench: Bench) -> Rates:
+    """From a large copy within the device, a large matmul, and many smallest kernels."""
+    size = (1024 if bench.cuda else 32) * MIB
+    memory_rate = 2 * size / _copy_s(bench, size)
+    width = 8192 if bench.cuda else 256
+    left = torch.randn(width, width, device=bench.device).bfloat16()
+    out = torch.empty_like(left)
+    matmul_s = bench.device_s(lambda: torch.matmul(left, left, out=out), 7)
+    small = torch.zeros(256, device=bench.device)
+    kernel_s = bench.graph_s(lambda: small.add_(1.0), times=200)
+    bench.free()
+    return Rates(
+        significant(memory_rate), significant(2 * width**3 / matmul_s), significant(kernel_s)
+    )
+
+
+def _copy_s(bench: Bench, size: int) -> float:
+    """Device seconds of a copy of *size* bytes within the device."""
+    source = torch.zeros(size, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    return bench.device_s(lambda: target.copy_(source), 7)
+
+
+class Graphs(NamedTuple):
+    """Host seconds around a captured graph that ends with an answer in pinned memory.
+
+    *launch_s*: the replay call; *sync_s*: from the graph's last kernel until the host has
+    the answer; *table_s*: the launch that tells the device where experts lie.
+    """
+
+    launch_s: float
+    sync_s: float
+    table_s: float
+
+
+def measure_graphs(bench: Bench) -> Graphs:
+    """One graph round trip, taken apart; on the CPU only the answer's copy and the table."""
+    lanes = lanes_for(bench.device)
+    there = torch.zeros(1, 8, dtype=torch.int64, device=bench.device)
+    here = torch.zeros(1, 8, dtype=torch.int64, pin_memory=bench.cuda)
+
+    def answer() -> None:
+        there.add_(1)
+        here.copy_(there, non_blocking=True)
+
+    replay = bench.graph(answer)
+
+    def round_trip() -> None:
+        replay()
+        mark = lanes.mark()
+        while not lanes.passed(mark):
+            pass
+        here.numpy()[0].tolist()
+
+    both_s = median_s(round_trip, 200)
+    launch_s = bench.host_s(replay, 100) if bench.cuda else 0.0
+    device_s = bench.graph_s(answer, times=50)
+    sync_s = max(both_s - launch_s - device_s, 1e-7)
+    return Graphs(significant(launch_s), significant(sync_s), significant(_table_s(bench)))
+
+
+def _table_s(bench: Bench, changes: int = 4) -> float:
+    """Host seconds to note and send *changes* of the table of experts."""
+    table = ExpertTable(4, 64, bench.device)
+    turn = 0
+
+    def update() -> None:
+        nonlocal turn
+        turn += 1
+        for expert in range(changes):
+            table.set(expert * 7, turn % 32)
+        table.flush()
+
+    update()
+    bench.wait()
+    return bench.host_s(update, 50)

@@ -1,0 +1,271 @@
+"""All measurements of one machine, in order, and the profile that they make."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from policies.hardware import ANY_FAMILY, HardwareProfile, load_profile
+from policies.registry import POLICIES
+from runtime.calibration import machine
+from runtime.calibration.bench import Bench
+from runtime.calibration.copies import SIZES, Copies, Table, measure_copies
+from runtime.calibration.experts import (
+    CpuRates,
+    Experts,
+    measure_cpu,
+    measure_dense,
+    measure_experts,
+    measure_fused,
+)
+from runtime.calibration.fits import Line, Thinking, significant
+from runtime.calibration.kernels import Graphs, Rates, measure_graphs, measure_rates
+from runtime.calibration.models import (
+    FAMILIES,
+    TYPICAL,
+    Chain,
+    Launches,
+    Layers,
+    measure_chain,
+    measure_launches,
+    measure_layers,
+    measure_workspace,
+)
+from runtime.calibration.policies import measure_policies
+from runtime.calibration.toml import dumps
+from traces.writing import replacing
+
+#: Steps of progress besides those of copies, policies and families.
+OTHER_STEPS = 12
+
+
+class Measured(NamedTuple):
+    """All that was measured; *dense*, *fused*, *layers* and *chain* only where graphs run."""
+
+    copies: Copies
+    rates: Rates
+    graphs: Graphs
+    experts: Experts
+    cpu: CpuRates
+    policies: dict[str, Thinking]
+    launches: Launches
+    dense: Line | None
+    fused: Line | None
+    layers: Layers
+    chain: Chain | None
+    workspace_bytes: int
+
+
+def steps_of_progress() -> int:
+    """At most how often *advance* is called by :func:`measure`."""
+    return 2 * len(SIZES) + len(POLICIES.classes()) + len(FAMILIES) + OTHER_STEPS
+
+
+def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measured:
+    """Measure this machine; *advance* is called as the work goes on."""
+    copies = measure_copies(bench, advance)
+    rates = measure_rates(bench)
+    advance()
+    graphs = measure_graphs(bench)
+    advance()
+    experts = measure_experts(bench, rates, advance)
+    cpu = measure_cpu(bench.quick or not bench.cuda)
+    advance()
+    policies = measure_policies(bench.quick, advance)
+    launches = measure_launches(bench)
+    advance()
+    layers = measure_layers(bench, rates.memory_bytes_per_s, advance)
+    floors = layers.floor_s
+    dense = measure_dense(bench, rates.memory_bytes_per_s) if floors else None
+    fused = measure_fused(bench, rates.memory_bytes_per_s) if floors else None
+    chain = measure_chain(bench) if TYPICAL in floors else None
+    return Measured(
+        copies=copies,
+        rates=rates,
+        graphs=graphs,
+        experts=experts,
+        cpu=cpu,
+        policies=policies,
+        launches=launches,
+        dense=dense,
+        fused=fused,
+        layers=layers,
+        chain=chain,
+        workspace_bytes=measure_workspace(bench),
+    )
+
+
+def write_profile(path: Any, values: dict[str, Any]) -> HardwareProfile:
+    """Write *values* to the TOML file *path*, whole or not at all, and read it back."""
+    head = "Written by `simctl calibrate`. Every figure's source is in [sources]."
+    with replacing(path) as unfinished:
+        unfinished.write_text(dumps(values, head), encoding="utf-8")
+        load_profile(unfinished.resolve())
+    return load_profile(path.resolve())
+
+
+def profile_values(bench: Bench, found: Measured) -> dict[str, Any]:
+    """What was measured as the tables of a hardware profile."""
+    name = machine.device_name(bench.device)
+    fused = found.fused
+    gpu = {
+        "name": name,
+        "memory_bytes": machine.device_memory_bytes(bench.device),
+        **found.rates._asdict(),
+    }
+    if found.workspace_bytes:
+        gpu["workspace_bytes"] = found.workspace_bytes
+    return {
+        "title": f"{name}, calibrated{'' if bench.cuda else ' with the CPU as the device'}",
+        "kind": "measured",
+        "measurement": machine.measurement(bench.device),
+        "gpu": gpu,
+        "link": {"h2d": _direction(found.copies.h2d), "d2h": _direction(found.copies.d2h)},
+        "host": _host(found),
+        "software": _software(found),
+        "expert": {
+            "kernels": found.launches.expert_kernels,
+            "memory_efficiency": found.experts.memory_efficiency,
+            "activation_passes": found.experts.activation_passes or 1e-3,
+            **({"fused_efficiency": significant(fused.beta)} if fused is not None else {}),
+        },
+        "cpu": found.cpu._asdict(),
+        "expert_rows": [row._asdict() for row in found.experts.rows],
+        "sources": _sources(bench, found),
+    }
+
+
+def _direction(table: Table) -> dict[str, Any]:
+    return {
+        "isolated": {"sizes_bytes": table.sizes_bytes, "seconds": table.isolated_s},
+        "queued": {"sizes_bytes": table.sizes_bytes, "seconds": table.queued_s},
+    }
+
+
+def engine_s(found: Measured) -> float:
+    """Host seconds per event besides waiting, policy, planner and launch.
+
+    What a captured layer of a real run takes beyond its parts: turning the gate's answer
+    into an event, the engine's bookkeeping.
+    """
+    if found.chain is None:
+        return 0.0
+    known = found.layers.floor_s[TYPICAL] + found.graphs.sync_s + found.graphs.launch_s
+    return max(found.chain.layer_s - known - found.policies["lru"].event_s, 0.0)
+
+
+def _host(found: Measured) -> dict[str, Any]:
+    more = engine_s(found)
+    events = {n: significant(more + t.event_s) for n, t in found.policies.items()}
+    moves = {n: significant(t.move_s) for n, t in found.policies.items()}
+    host: dict[str, Any] = {
+        "copy_issue_s": found.copies.issue_s,
+        "kernel_launch_s": significant(found.launches.kernel_launch_s),
+        "gate_sync_s": found.graphs.sync_s,
+        "event_s": significant(statistics.median(events.values())),
+        "step_s": significant(_step_s(found)),
+        "pinned_alloc_bytes_per_s": found.copies.pinned_alloc_bytes_per_s,
+        "move_s": significant(statistics.median(moves.values())),
+        "policy_event_s": events,
+        "policy_move_s": moves,
+    }
+    if found.layers.floor_s:
+        host["graph_launch_s"] = found.graphs.launch_s
+        host["table_update_s"] = found.graphs.table_s
+    return host
+
+
+def _step_s(found: Measured) -> float:
+    """A step outside its layers; of a captured one the first launch is charged apart."""
+    if found.chain is None:
+        return found.launches.step_s
+    return max(found.chain.rest_s - found.graphs.launch_s, 1e-6)
+
+
+def _software(found: Measured) -> dict[str, Any]:
+    launches = found.launches
+    software: dict[str, Any] = {
+        "name": f"transformers {transformers.__version__}, experts by this runtime",
+        "attention_kernels": launches.attention_kernels,
+        "expert_kernels_fixed": launches.expert_kernels,
+        "expert_kernels_each": 0,
+    }
+    if found.layers.floor_s and found.dense is not None:
+        software["layer_floor_s"] = {n: significant(s) for n, s in found.layers.floor_s.items()}
+        kept = found.layers.kv_efficiency
+        software["kv_efficiency"] = {n: significant(s) for n, s in kept.items()}
+        software["dense_efficiency"] = significant(found.dense.beta)
+    return software
+
+
+def _sources(bench: Bench, found: Measured) -> dict[str, str]:
+    by = "CUDA events" if bench.cuda else "the host's clock; the CPU was the device, no GPU"
+    lru = found.policies["lru"]
+    model = f"small {TYPICAL} models of two depths"
+    sources = {
+        "gpu.name": "as the driver says" if bench.cuda else "the processor; no GPU was used",
+        "gpu.memory_bytes": "as the driver says" if bench.cuda else "the host's; no GPU was used",
+        "gpu.memory_bytes_per_s": f"copy within the device, read and write together, {by}",
+        "gpu.bf16_flops_per_s": f"one large bf16 matmul, {by}",
+        "gpu.kernel_min_s": f"200 smallest kernels in a row{' in a graph' * bench.cuda}, {by}",
+        "link.h2d": f"{'pinned' if bench.cuda else 'ordinary'} memory, medians, {by}",
+        "link.d2h": f"{'pinned' if bench.cuda else 'ordinary'} memory, medians, {by}",
+        "host.copy_issue_s": "the runtime's own copies of 4 KiB, host time with their marks",
+        "host.kernel_launch_s": f"host time of a layer over its operations, {model}",
+        "host.gate_sync_s": "a kernel and its answer's way to the host, less both launches",
+        "host.event_s": "median of policy_event_s",
+        "host.step_s": f"what does not grow with the layers, {model}",
+        "host.pinned_alloc_bytes_per_s": "one block as the runtime takes it",
+        "host.move_s": "median of policy_move_s",
+        "host.policy_event_s": (
+            "replays of a made-up trace, medians by moves per event on a line; lru misses them "
+            f"by {lru.residual_s:.1e} s, a constant by {lru.constant_residual_s:.1e} s"
+        ),
+        "host.policy_move_s": "the slope of the same line",
+        "software": f"operations counted in {model}; experts as in a prompt of the runtime",
+        "expert": f"single experts in plain torch (expert_rows), kernels as in software, {by}",
+        "cpu": "bf16 experts in plain torch on all cores",
+    }
+    return {key: f"measured: {text}" for key, text in (sources | _graph_sources(found)).items()}
+
+
+def _graph_sources(found: Measured) -> dict[str, str]:
+    """Sources of the figures that only a device with graphs has."""
+    sources = {}
+    if found.workspace_bytes:
+        sources["gpu.workspace_bytes"] = f"peak beyond slots, weights and cache, small {TYPICAL}"
+    if found.dense is None or found.fused is None:
+        return sources
+    return sources | {
+        "host.graph_launch_s": "host time of one replay of a small graph",
+        "host.table_update_s": "host time of four changes of the runtime's expert table",
+        "host.policy_event_s": (
+            "replays of a made-up trace, and for all policies alike "
+            f"{engine_s(found):.2e} s: a captured layer's time beyond floor, answer and launch"
+        ),
+        "software.layer_floor_s": (
+            f"one layer's graph of small models behind others; {ANY_FAMILY}: their mean"
+        ),
+        "software.kv_efficiency": (
+            "layers' graphs with a short and a long cache, heads as published"
+        ),
+        "software.dense_efficiency": (
+            f"slope of matrix-vector products over their bytes; misses {found.dense.residual:.1e} s"
+        ),
+        "expert.fused_efficiency": (
+            "slope of the runtime's decode kernels over the bytes of an event; misses "
+            f"{found.fused.residual:.1e} s"
+        ),
+    }
+
+
+def calibrate_device(device: str, quick: bool) -> Bench:
+    """A bench on the device called *device*: ``cpu``, ``cuda``, or ``auto``."""
+    from runtime.load import pick_device
+
+    torch.manual_seed(0)
+    return Bench(pick_device(device), quick=quick)

@@ -1,0 +1,149 @@
+"""Decode steps as captured graphs, one from each gate to the next.
+
+The chain from gate to gate is serial: the host reads the gate's answer, plans, issues the
+missed copies, tells the graph where experts lie, and replays it; the GPU begins when it is
+launched and the last copy that the event demands has landed, computes all experts together,
+and goes on with the next layer up to its gate. Meanwhile the host issues prefetches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+import simpy
+
+from policies.base import Service
+from policies.graph_costs import GraphCosts
+from policies.planner import NOTHING, Plan
+from policies.routing import Routing, Step
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+
+class GraphSteps:
+    """Carries out decode steps on the timelines of *world*, with the costs of its graphs."""
+
+    def __init__(self, world: World, graph: GraphCosts) -> None:
+        self._world = world
+        self._graph = graph
+        #: Whether experts were moved that the device's table does not know of.
+        self._stale = False
+
+    def layers(self, step: Step, moved: bool) -> Generator[simpy.Event, None, None]:
+        """Every event of one step; quiet ones (nothing missed or on its way) stay cheap.
+
+        *moved* says that experts were moved before its first layer.
+        """
+        world, graph = self._world, self._graph
+        env, pending, plan_event = world.env, world.link.pending, world.planner.plan
+        sync_s, quiet_s = world.costs.sync_s, world.event_s + graph.launch_s
+        access_s = world.access_s
+        attention = graph.attention_s(step.size, step.kv_tokens)
+        one = graph.expert_s(1) if step.size == 1 else 0.0
+        ideal_s = 0.0
+        event = world.events
+        self._stale = moved
+        self._launch_first()
+        for layer, experts in enumerate(step.demand):
+            gate = world.gpu_free_s + attention
+            decide = gate + sync_s
+            if world.host_free_s > decide:  # the host still issued prefetches
+                decide = world.host_free_s
+            yield env.timeout(decide - env.now)
+
+            routing = Routing(step, layer, experts, event)
+            plan = plan_event(routing)
+            event += 1
+            seconds = None if one else world.seconds(routing, graph.expert_s)
+            work = len(experts) * one if seconds is None else sum(seconds.values())
+            ideal_s += work
+            if plan is NOTHING and not pending and not self._stale:
+                start = decide + (quiet_s + access_s * len(experts))
+                world.host_s += start - gate
+                self._compute(start, start, work)
+            else:
+                self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
+            if world.observer is not None:
+                world.observer.event(routing, plan, (gate - attention, gate))
+        world.events = event
+        accesses = sum(map(len, step.demand))
+        world.accesses += accesses
+        self._finish(attention, ideal_s + world.costs.least_access_s * accesses, len(step.demand))
+
+    def _launch_first(self) -> None:
+        """The graph up to the first gate: the GPU is idle until it is launched."""
+        world = self._world
+        start = world.host_free_s + self._graph.launch_s
+        world.host_s += start - world.gpu_free_s
+        world.host_free_s = world.gpu_free_s = start
+
+    def _serve(self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]) -> None:
+        """An event that waits for copies or makes some.
+
+        One graph takes all experts of an event together. Where they do not fit together, or
+        some are computed by the CPU, they are computed eagerly and the graph follows.
+        """
+        world, graph = self._world, self._graph
+        update_s = graph.table_update_s if plan.waves or self._stale else 0.0
+        self._stale = bool(plan.prefetch)
+        if len(plan.waves) > 1 or (plan.served and Service.CPU in plan.served.values()):
+            host, now = world.waves(routing, plan, gate, seconds)
+            now = world.await_cpu(now)
+            # The table hides what has been computed from the graph, and is put right later.
+            launched = max(host, now) + graph.table_update_s + graph.launch_s
+            self._stale = True
+            world.host_s += launched - now
+            world.host_free_s = world.gpu_free_s = launched
+        else:
+            self._fused(routing, plan, gate, update_s, seconds)
+        if plan.prefetch:
+            issue = world.costs.copy_issue_s
+            world.host_free_s = world.link.prefetch(plan.prefetch, world.host_free_s, issue)
+
+    def _fused(
+        self,
+        routing: Routing,
+        plan: Plan,
+        gate: float,
+        update_s: float,
+        seconds: dict[int, float],
+    ) -> None:
+        """All experts of an event in one graph, which waits for every copy it reads."""
+        world = self._world
+        decide = world.env.now
+        host = world.planned(routing, plan, decide)
+        if plan.served:
+            seconds = world.served(routing, plan.served, seconds)
+        work = sum(seconds.values())
+        awaited = []
+        if world.link.pending:
+            awaited = [move for move, _ in world.late_moves(seconds, decide)]
+        for wave in plan.waves:
+            host = world.link.demand(wave, host, world.costs.copy_issue_s)
+            awaited += wave
+        launched = now = host + update_s + self._graph.launch_s
+        world.host_s += launched - gate
+        for move in awaited:
+            if move.land_s > now:
+                now = world.stall(move, now)
+        self._compute(launched, now, work)
+
+    def _compute(self, launched: float, start: float, work: float) -> None:
+        """The GPU computes an event's experts from *start* on."""
+        world = self._world
+        world.experts_s += work
+        world.host_free_s, world.gpu_free_s = launched, start + work
+        if world.observer is not None:
+            world.observer.span("GPU", "experts", start, start + work)
+
+    def _finish(self, attention: float, ideal_s: float, layers: int) -> None:
+        """The head; and the same step with everything resident: what ``compute_s`` adds up."""
+        world, graph = self._world, self._graph
+        dense = attention * layers + graph.head_s
+        world.attention_s += dense
+        world.gpu_free_s += graph.head_s
+        waiting = world.costs.sync_s + world.costs.least_event_s + graph.launch_s
+        begin = max(world.bound_host_s, world.bound_gpu_s)
+        world.bound_gpu_s = begin + graph.launch_s + layers * waiting + dense + ideal_s

@@ -1,0 +1,82 @@
+"""Calibration on a GPU: quick enough, complete, and true to a run that it did not see."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
+pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
+
+from policies.costs import Costs  # noqa: E402
+from policies.hardware import load_profile  # noqa: E402
+from runtime.calibration.bench import Bench  # noqa: E402
+from runtime.calibration.models import (  # noqa: E402
+    FAMILIES,
+    Decoding,
+    offloaded,
+    tiny_model,
+)
+from runtime.cli_calibrate import calibrate  # noqa: E402
+from runtime.families import model_spec  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A whole calibration: the profile, and the seconds that it took."""
+    path = tmp_path_factory.mktemp("calibrate") / "mine.toml"
+    start = time.monotonic()
+    words = ["--out", str(path), "--device", "cuda"]
+    result = CliRunner().invoke(calibrate, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    print(result.output)
+    return load_profile(path), time.monotonic() - start
+
+
+def test_it_takes_less_than_five_minutes(measured):
+    assert measured[1] < 300
+
+
+def test_the_figures_are_of_this_world(measured):
+    profile = measured[0]
+    gpu, host, software = profile.gpu, profile.host, profile.software
+    assert gpu.memory_bytes == torch.cuda.get_device_properties(0).total_memory
+    assert 1e11 < gpu.memory_bytes_per_s < 2e13
+    assert 1e13 < gpu.bf16_flops_per_s < 5e15
+    assert 5e-7 < gpu.kernel_min_s < 2e-5
+    rate = 2**28 / profile.link.h2d.copy_s(2**28, queued=True)
+    assert 2e9 < rate < 1e12
+    for seconds in (host.copy_issue_s, host.graph_launch_s, host.gate_sync_s, host.table_update_s):
+        assert 5e-7 < seconds < 2e-4
+    assert host.policy_event_s["lru"] < host.policy_event_s["predictive"] < 1e-3
+    assert set(software.layer_floor_s) == {*FAMILIES, "any"}
+    assert all(5e-6 < seconds < 1e-3 for seconds in software.layer_floor_s.values())
+    assert all(0.001 < share <= 1 for share in software.kv_efficiency.values())
+    assert 0.2 < software.dense_efficiency <= 1
+    assert 0.2 < profile.expert.fused_efficiency <= 1
+    assert 0.2 < profile.expert.memory_efficiency <= 1
+    assert 0 < gpu.workspace_bytes < 2**30
+
+
+#: A name by which costs know a model's family.
+SPEC_NAMES = {"qwen3_moe": "a small qwen3", "mixtral": "a small mixtral"}
+
+
+@pytest.mark.parametrize("family", SPEC_NAMES)
+def test_a_resident_step_takes_what_the_profile_says(measured, family):
+    """Another depth than those that were fitted, everything held, one token."""
+    profile, bench, layers = measured[0], Bench(torch.device("cuda")), 6
+    spec = model_spec(tiny_model(family, layers, bench), SPEC_NAMES[family])
+    with offloaded(family, layers, bench) as model:
+        found = Decoding(model, bench, 256).step_s(60)
+    costs = Costs(profile, spec, cache_tokens=256)
+    assert costs.graph is not None
+    expected = layers * costs.layer_s("lru") + costs.graph.launch_s + costs.step_s
+    assert found == pytest.approx(expected, rel=0.25)

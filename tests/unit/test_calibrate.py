@@ -1,0 +1,344 @@
+"""Calibration: the fits against known answers, the file, and a whole quick run on the CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tomllib
+from itertools import pairwise
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
+pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
+
+from policies.costs import Costs  # noqa: E402
+from policies.hardware import FIGURES, load_profile  # noqa: E402
+from policies.registry import POLICIES  # noqa: E402
+from policies.tables import leaves  # noqa: E402
+from runtime import cli_calibrate  # noqa: E402
+from runtime.calibration import fits, run  # noqa: E402
+from runtime.calibration.bench import Bench, median_s  # noqa: E402
+from runtime.calibration.copies import Copies, Table  # noqa: E402
+from runtime.calibration.experts import (  # noqa: E402
+    CpuRates,
+    ExpertRow,
+    Experts,
+    measure_dense,
+    measure_fused,
+)
+from runtime.calibration.fits import ExpertTime, Line, Thinking  # noqa: E402
+from runtime.calibration.kernels import Graphs, Rates  # noqa: E402
+from runtime.calibration.models import (  # noqa: E402
+    FAMILIES,
+    PUBLISHED,
+    Chain,
+    Decoding,
+    Launches,
+    Layers,
+    cache_share,
+    measure_chain,
+    offloaded,
+    tiny_dimensions,
+    with_published_heads,
+)
+from runtime.calibration.policies import made_up_trace, timed_events  # noqa: E402
+from runtime.calibration.toml import dumps  # noqa: E402
+from tests.helpers import random_trace, simulate  # noqa: E402
+from traces.errors import InputError  # noqa: E402
+from traces.sizes import dimensions, model_sizes  # noqa: E402
+
+POSITIVE = st.floats(1e-7, 1e-2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Cores that others use make threads wait for each other, up to a hundred times longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class FakeClock:
+    """Ticks by what the work under it says it took."""
+
+    def __init__(self):
+        self.now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+    def takes(self, seconds):
+        self.now_s += seconds
+
+
+@given(alpha=POSITIVE, beta=st.floats(1e-12, 1e-9))
+def test_copies_timed_by_a_clock_give_back_their_latency_and_rate(alpha, beta):
+    clock = FakeClock()
+    sizes = [4096 * 4**i for i in range(9)]
+    seconds = [median_s(lambda s=s: clock.takes(alpha + beta * s), 3, clock) for s in sizes]
+    found = fits.line(sizes, seconds)
+    assert found.beta == pytest.approx(beta, rel=1e-6)
+    assert found.alpha == pytest.approx(alpha, rel=1e-3, abs=1e-9)
+    assert found.residual < 1e-9
+
+
+def test_a_line_has_no_negative_part():
+    assert fits.line([1, 2, 3], [0.0, 1.0, 2.0]).alpha == 0
+    falling = fits.line([1, 2, 3], [3.0, 2.0, 1.0])
+    assert (falling.alpha, falling.beta) == (pytest.approx(2.0), 0.0)
+    assert fits.line([5, 5], [1.0, 3.0])[:2] == (2.0, 0.0)
+
+
+@given(st.lists(POSITIVE, min_size=1, max_size=12))
+def test_rising_rises_and_leaves_alone_what_did(seconds):
+    found = fits.rising(seconds)
+    assert all(b >= a * (1 + fits.LEAST_RISE) * (1 - 1e-12) for a, b in pairwise(found))
+    assert fits.rising(found) == pytest.approx(found)
+    assert max(found) <= max(seconds) * (1 + fits.LEAST_RISE) ** len(seconds) * (1 + 1e-12)
+
+
+def test_pauses_of_the_host_do_not_count():
+    """A line under two in a hundred events that take a thousand times as long."""
+    draw = random.Random(1)
+    moves = [draw.choice([0, 0, 0, 1, 2, 4]) for _ in range(3000)]
+    seconds = [2e-6 + 5e-7 * n + (5e-3 if draw.random() < 0.02 else 0.0) for n in moves]
+    found = fits.thinking(moves, seconds)
+    assert found.event_s == pytest.approx(2e-6, rel=1e-6)
+    assert found.move_s == pytest.approx(5e-7, rel=1e-6)
+    assert found.residual_s < 1e-12 < found.constant_residual_s
+
+
+@pytest.mark.parametrize("passes", [0.0, 3.0, 11.0])
+def test_experts_give_back_their_activation_passes(passes):
+    read_rate, flops_rate, memory_rate = 3.7e12, 6.6e14, 4.2e12
+    rows = []
+    for size in (9e6, 3.5e8):
+        for tokens in (256, 1024, 4096):
+            flops, one_pass = size * tokens, tokens * 4096.0
+            computing = flops / flops_rate + passes * one_pass / memory_rate
+            rows.append(ExpertTime(size, flops, one_pass, math.hypot(size / read_rate, computing)))
+    found = fits.activation_passes(rows, read_rate, flops_rate, memory_rate)
+    assert found == pytest.approx(passes, abs=1e-6)
+
+
+def test_an_efficiency_is_the_slope_and_not_the_latency():
+    sizes = [1e6, 1e7, 1e8]
+    found = fits.read_efficiency(sizes, [3e-6 + s / (0.8 * 4e12) for s in sizes], 4e12)
+    assert found.beta == pytest.approx(0.8)
+    assert found.alpha == pytest.approx(3e-6)
+    assert fits.read_efficiency(sizes, [s / 8e12 for s in sizes], 4e12).beta == 1.0
+
+
+def test_a_cache_is_read_at_the_share_that_its_length_tells():
+    assert cache_share(5e-5, 5e-5 + 2048 * 1e-8, 2e-9) == pytest.approx(0.2)
+    assert cache_share(5e-5, 5e-5, 2e-9) == 1.0
+    assert cache_share(5e-5, 5e-5 + 2048 * 1e-9, 2e-9) == 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_small_with_the_heads_of_a_published_model(family, bench):
+    headed = with_published_heads(family, tiny_dimensions(family, 2, wide=False))
+    published = dimensions(PUBLISHED[family])
+    per_layer = published.kv_bytes_per_token(2) / published.all_layers
+    assert headed.kv_bytes_per_token(2) / headed.all_layers == per_layer
+    with offloaded(family, 2, bench, headed) as model:
+        decoding = Decoding(model, bench, 80)
+        assert decoding.step_s(2) > 0
+        assert len(decoding.kept) == 2
+
+
+def test_events_are_timed_with_their_moves(tmp_path):
+    """Each event takes one tick of a clock that does nothing else; moves are the planner's."""
+    from policies.budget import Budget
+    from policies.session import Setup, TraceSession
+
+    made_up_trace(tmp_path / "t.parquet", sequences=1, tokens=30)
+    session = TraceSession(Setup(trace=str(tmp_path / "t.parquet")))
+    planner, _, steps = session.prepare("lru", Budget(cache="50%"))
+    ticks = iter(range(10**6))
+    moves, seconds = timed_events(planner, list(steps()), lambda: float(next(ticks)))
+    assert set(seconds) == {1.0}
+    assert len(moves) == len(seconds) == 30 * 12 - 180
+    assert 0 < sum(moves) <= planner.counts["demand"]
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.integers(-(2**60), 2**60), st.floats(allow_nan=False, allow_infinity=False),
+        st.text(st.characters(codec="utf-8"), max_size=8), st.booleans(),
+        st.lists(st.integers(-9, 9), max_size=3),
+    ),
+    lambda inner: st.one_of(
+        st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1, max_size=6), inner),
+        st.lists(st.dictionaries(st.sampled_from("abc"), inner), min_size=1, max_size=2),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text(st.characters(codec="utf-8"), min_size=1, max_size=6), VALUES))
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_is_read_back(values):
+    assert tomllib.loads(dumps(values, "a comment\nof two lines")) == values
+
+
+def a_table(alpha, rate):
+    sizes = [4096, 2**20, 2**28]
+    return Table(sizes, [alpha + s / rate for s in sizes], [s / rate for s in sizes])
+
+
+FOUND = run.Measured(
+    copies=Copies(a_table(9e-6, 5.5e10), a_table(8e-6, 5.4e10), 2.8e9, 7.9e-6),
+    rates=Rates(4.2e12, 6.6e14, 1.8e-6),
+    graphs=Graphs(6e-6, 5e-6, 9e-6),
+    experts=Experts(0.9, 11.0, [ExpertRow("qwen3-30b", 9_437_184, [1], [5e-5], 1.5e-5)]),
+    cpu=CpuRates(1e11, 2e12),
+    policies={
+        "lru": Thinking(2e-6, 1e-6, 1e-7, 1e-6), "predictive": Thinking(2e-5, 3e-6, 1e-7, 4e-6),
+        "fifo": Thinking(1e-6, 1e-6, 1e-7, 1e-6),
+    },
+    launches=Launches(9e-6, 3e-4, 60, 20),
+    dense=Line(3e-6, 0.7, 1e-6),
+    fused=Line(4e-6, 0.85, 2e-6),
+    layers=Layers({"qwen3_moe": 4e-5, "any": 4.5e-5}, {"qwen3_moe": 0.2, "any": 0.3}),
+    chain=Chain(layer_s=7e-5, rest_s=3e-4),
+    workspace_bytes=9_000_000,
+)  # fmt: skip
+
+
+@pytest.fixture
+def bench():
+    return Bench(torch.device("cpu"), quick=True)
+
+
+def test_the_parts_of_a_captured_layer_add_up_to_it(bench, tmp_path):
+    """What a step of the simulator takes is what the chain was measured to take."""
+    profile = run.write_profile(tmp_path / "mine.toml", run.profile_values(bench, FOUND))
+    host = profile.host
+    layer = profile.software.layer_floor_s["qwen3_moe"] + host.gate_sync_s + host.graph_launch_s
+    assert layer + host.policy_event_s["lru"] == pytest.approx(FOUND.chain.layer_s, rel=1e-3)
+    assert host.step_s + host.graph_launch_s == pytest.approx(FOUND.chain.rest_s, rel=1e-3)
+    more = host.policy_event_s["predictive"] - host.policy_event_s["lru"]
+    assert more == pytest.approx(1.8e-5, rel=1e-2)
+    assert host.policy_move_s == {"lru": 1e-6, "predictive": 3e-6, "fifo": 1e-6}
+    assert profile.gpu.workspace_bytes == 9_000_000
+    assert profile.expert.fused_efficiency == 0.85
+    assert profile.software.dense_efficiency == 0.7
+    graph = Costs(profile, model_sizes("qwen3-30b")).graph
+    assert graph is not None
+    assert graph.floor_s == 4e-5
+    assert profile.software.kv_efficiency == {"qwen3_moe": 0.2, "any": 0.3}
+
+
+def test_a_layer_that_costs_less_than_its_parts_adds_nothing(bench):
+    short = FOUND._replace(chain=Chain(layer_s=1e-6, rest_s=1e-9))
+    assert run.engine_s(short) == 0.0
+    assert run.profile_values(bench, short)["host"]["step_s"] == 1e-6
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A quick run of the command on the CPU: its profile's path and what it printed."""
+    path = tmp_path_factory.mktemp("calibrate") / "mine.toml"
+    words = ["--out", str(path), "--device", "cpu", "--quick"]
+    result = CliRunner().invoke(cli_calibrate.calibrate, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return path, result.output
+
+
+def test_a_cpu_can_be_calibrated(written):
+    path, output = written
+    profile = load_profile(path)
+    assert profile.kind == "measured"
+    assert profile.measurement is not None
+    assert profile.measurement.date
+    for figure in leaves(profile, FIGURES):
+        assert profile.source_of(figure).startswith("measured: "), figure
+    for figure in ("gpu.memory_bytes_per_s", "link.h2d", "expert", "gpu.kernel_min_s"):
+        assert "no GPU" in profile.source_of(figure)
+    assert profile.host.graph_launch_s == 0
+    assert set(profile.host.policy_event_s) == set(POLICIES.classes())
+    assert 10 < profile.software.attention_kernels < 200
+    assert f"{path}: written after" in output
+    assert "host.policy_event_s.lru" in output
+    assert [p.name for p in path.parent.iterdir()] == ["mine.toml"]
+
+
+def test_its_tables_rise(written):
+    link = load_profile(written[0]).link
+    for direction in (link.h2d, link.d2h):
+        for table in (direction.isolated, direction.queued):
+            assert list(table.seconds) == sorted(set(table.seconds))
+        for size in direction.isolated.sizes_bytes:
+            assert direction.copy_s(size, True) <= direction.copy_s(size, False)
+
+
+@pytest.mark.parametrize("policy", ["lru", "predictive"])
+def test_the_simulator_runs_on_it(written, bench, tmp_path, policy):
+    from policies.forecasters.oracle import Oracle
+
+    graphs = run.write_profile(tmp_path / "graphs.toml", run.profile_values(bench, FOUND))
+    for profile in (load_profile(written[0]), graphs):
+        forecaster = Oracle(accuracy=0.8, horizon=3) if policy == "predictive" else None
+        world = simulate(policy, random_trace(3), 6, profile, batch=2, forecaster=forecaster)
+        assert 0 < world.total_s < 60
+        assert sum(world.parts_s) == pytest.approx(world.total_s)
+
+
+def test_the_kernels_that_graphs_need_can_be_timed_anywhere(bench):
+    """On a CPU the figures mean nothing, but the measurements run."""
+    for measure in (measure_fused, measure_dense):
+        found = measure(bench, 1e10)
+        assert 0 < found.beta <= 1
+        assert math.isfinite(found.residual)
+    chain = measure_chain(bench)
+    assert chain.layer_s > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mine.json", "expected a name that ends in .toml"),
+        ("nowhere/mine.toml", "no folder"),
+        ("there.toml", "exists already, expected a new file; --force replaces it"),
+    ],
+)
+def test_a_bad_target_is_refused_before_anything_is_measured(tmp_path, name, said, monkeypatch):
+    (tmp_path / "there.toml").write_text("mine")
+    monkeypatch.setattr(cli_calibrate, "require_torch", lambda: pytest.fail("went on"))
+    with pytest.raises(InputError, match=said):
+        CliRunner().invoke(
+            cli_calibrate.calibrate, ["--out", str(tmp_path / name)], catch_exceptions=False
+        )
+    assert (tmp_path / "there.toml").read_text() == "mine"
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "there.toml"
+    path.write_text("mine")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    for where in ("measure", "load_profile"):
+        monkeypatch.setattr(run, where, interrupted)
+        if where == "load_profile":
+            monkeypatch.setattr(run, "measure", lambda bench, advance: FOUND)
+        words = ["--out", str(path), "--device", "cpu", "--quick", "--force"]
+        assert CliRunner().invoke(cli_calibrate.calibrate, words).exit_code != 0
+        assert [p.name for p in tmp_path.iterdir()] == ["there.toml"]
+        assert path.read_text() == "mine"
+
+
+def test_the_summary_has_every_figure(bench):
+    values = run.profile_values(bench, FOUND)
+    text = cli_calibrate.summary(values)
+    for word in ("host.graph_launch_s", "6.00 us", "software.layer_floor_s.qwen3_moe", "0.85"):
+        assert word in text
+    assert json.loads(json.dumps(values)) == values

@@ -1,0 +1,185 @@
+"""Decode steps as captured graphs: chains worked out by hand, and what a profile must say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from policies.base import Context
+from policies.batching import Batches
+from policies.costs import Costs
+from policies.decisions import DecisionLog
+from policies.forecasters.oracle import Oracle
+from policies.future import Future
+from policies.graph_costs import GraphCosts, facts_of
+from policies.hardware import HardwareProfile
+from policies.planner import Planner
+from policies.recording import Recording
+from policies.registry import POLICIES
+from policies.testing import example_model
+from sim.world import World
+from tests.helpers import BUSY, machine, random_trace, simulate, trace_of
+from tests.helpers_world import captured
+from traces.model import ModelSpec
+from traces.sizes import dimensions, model_sizes, resize, size_names
+from traces.trace import MemoryTrace
+
+GRAPHS = captured(machine(sync_s=1.7e-5, event_s=2.3e-5, copy_issue_s=5e-6, step_s=9e-5))
+
+
+def chain_s(profile: HardwareProfile, policy: str) -> float:
+    """What lies between a gate and the launch of the next graph when nothing is missed."""
+    host = profile.host
+    event_s = host.policy_event_s.get(policy, host.event_s)
+    event_s += 2 * host.policy_access_s.get(policy, host.access_s)
+    return host.gate_sync_s + event_s + host.graph_launch_s
+
+
+def one_layer(experts: list[list[int]]) -> MemoryTrace:
+    return trace_of(example_model(1, 8, 2), [np.array(experts).reshape(-1, 1, 2)])
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo"])
+def test_a_quiet_step_is_a_serial_chain(policy: str) -> None:
+    """The second step holds what it needs: launch, attention, chain, experts, end."""
+    world = simulate(policy, one_layer([[0, 1], [0, 1]]), 4, GRAPHS)
+    graph = world.costs.graph
+    assert graph is not None
+    expected = graph.launch_s + graph.attention_s(1, 2) + chain_s(GRAPHS, policy)
+    expected += 2 * graph.expert_s(1) + GRAPHS.host.step_s
+    assert world.decode_step_s[1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_missed_experts_are_planned_issued_and_awaited_before_the_graph_runs() -> None:
+    """The first step loads two: the later lands one idle and one queued copy after its issue."""
+    world = simulate("lru", one_layer([[0, 1]]), 4, GRAPHS)
+    costs, host = world.costs, GRAPHS.host
+    graph = costs.graph
+    assert graph is not None
+    issued = graph.launch_s + graph.attention_s(1, 1) + host.gate_sync_s
+    issued += host.policy_event_s["lru"] + 2 * host.policy_access_s["lru"] + 2 * host.move_s
+    landed = issued + costs.idle_copy_s(3000) + costs.queued_copy_s(3000)
+    launched = issued + 2 * host.copy_issue_s + host.table_update_s + host.graph_launch_s
+    assert landed > launched, "the copies should be what is waited for"
+    assert world.stall_demand_s == pytest.approx(landed - launched, rel=1e-12)
+    assert world.total_s == pytest.approx(landed + 2 * graph.expert_s(1) + host.step_s, rel=1e-12)
+
+
+def test_prefill_stays_eager() -> None:
+    trace = random_trace(5, lengths=(3,), prefill=3)
+    assert simulate("fifo", trace, 9, replace(GRAPHS, software=BUSY.software)).steps == 1
+    eager = replace(GRAPHS, host=replace(GRAPHS.host, graph_launch_s=0.0))
+    totals = [simulate("fifo", trace, 9, profile).total_s for profile in (GRAPHS, eager)]
+    assert totals[0] == totals[1]
+
+
+def test_an_event_in_waves_is_eager_and_its_graph_follows() -> None:
+    """One slot for two experts: copy, compute, copy, compute, then the launch."""
+    bare = captured(machine())
+    bare = replace(bare, host=replace(bare.host, policy_event_s={}, access_s=0.0, move_s=0.0))
+    world = simulate("fifo", one_layer([[0, 1]]), 1, bare)
+    graph, copy_s = world.costs.graph, world.costs.idle_copy_s(3000)
+    assert graph is not None
+    expected = 2 * graph.launch_s + graph.table_update_s + graph.attention_s(1, 1)
+    expected += 2 * (copy_s + graph.expert_s(1))
+    assert world.total_s == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_policy_has_its_own_time(graphs: bool) -> None:
+    """Per event and per move, in both modes; bounds take the least of all policies."""
+    host = GRAPHS.host if graphs else replace(GRAPHS.host, graph_launch_s=0.0)
+    slow = replace(
+        host,
+        policy_event_s={"lru": 1e-3},
+        policy_access_s={"lru": 3e-3},
+        policy_move_s={"lru": 2e-3},
+    )
+    trace = random_trace(6, prefill=0)
+    worlds = [
+        simulate(name, trace, 18, replace(GRAPHS, host=h))
+        for name, h in (("lru", slow), ("lru", host), ("fifo", slow))
+    ]
+    moves = worlds[0].planner.counts["demand"]
+    more = (1e-3 - host.policy_event_s["lru"]) * worlds[0].events + (2e-3 - host.move_s) * moves
+    more += (3e-3 - host.policy_access_s["lru"]) * worlds[0].accesses
+    least = worlds[1].costs.least_event_s
+    if graphs:
+        assert worlds[0].total_s - worlds[1].total_s == pytest.approx(more, rel=1e-9)
+    assert worlds[0].total_s > worlds[1].total_s
+    assert worlds[0].compute_bound_s == worlds[2].compute_bound_s
+    assert least == host.policy_event_s["lru"]
+
+
+def test_spans_do_not_overlap() -> None:
+    trace = random_trace(7)
+    policy = POLICIES.build("predictive")
+    model = trace.model
+    costs = Costs(captured(BUSY), model)
+    context = Context(model.layers, model.experts, model.top_k, 5, layer_s=costs.layer_s())
+    forecaster = Oracle(accuracy=0.8, horizon=4)
+    planner = Planner(policy, context, forecaster, log=DecisionLog())
+    future = Future(Batches(trace, 2))
+    forecaster.reveal(future.demand())
+    recording = Recording(planner.context, with_spans=True)
+    world = World(planner, costs, recording=recording)
+    world.run(future.steps())
+    assert {span.lane for span in recording.spans} >= {"GPU", "host", "H2D", "D2H"}
+    for lane in ("GPU", "host", "H2D"):
+        bars = sorted((s.start_s, s.end_s) for s in recording.spans if s.lane == lane)
+        for (_, end), (start, _) in pairwise(bars):
+            assert start >= end - 1e-12, lane
+
+
+def test_floors_and_reads_add() -> None:
+    profile = captured(machine(expert_s=1e-4))
+    model = replace(example_model(2, 8, 2), dense_params=10_000, kv_bytes_per_token=400)
+    graph = GraphCosts(profile, model)
+    rate = profile.gpu.memory_bytes_per_s
+    dense_s = 5_000 * model.param_bytes / (0.8 * rate)
+    assert graph.attention_s(1, 7) == pytest.approx(1.9e-5 + dense_s + 7 * 200 / (0.3 * rate))
+    whole = GraphCosts(profile, model, cache_tokens=50)
+    expected = 1.9e-5 + dense_s + 2 * 50 * 200 / (0.3 * rate)
+    assert whole.attention_s(2, 7) == pytest.approx(expected)
+    plain = replace(profile, software=replace(profile.software, kv_efficiency={}))
+    expected = 1.9e-5 + dense_s + 7 * 200 / (0.8 * rate)
+    assert GraphCosts(plain, model).attention_s(1, 7) == pytest.approx(expected)
+    assert graph.expert_s(1) == pytest.approx(1e-4 / profile.expert.fused_efficiency)
+    assert graph.head_s == 0.0
+
+
+FAMILIES = {
+    "mixtral": "mixtral", "qwen1.5": "qwen2_moe", "qwen3": "qwen3_moe", "olmoe": "olmoe",
+    "deepseek-v2": "deepseek_v2", "deepseek-v3": "deepseek_v3", "gpt-oss": "gpt_oss",
+    "switch": "any",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", size_names())
+def test_a_sizes_name_tells_family_and_head(name: str) -> None:
+    model, dims = model_sizes(name), dimensions(name)
+    routed = resize(replace(model, name="mine", layers=model.layers // 2), model)
+    family = next(family for part, family in FAMILIES.items() if name.startswith(part))
+    table = dims.vocabulary * dims.hidden
+    for spec, share in ((model, 1.0), (routed, (model.layers // 2) / model.layers)):
+        facts = facts_of(spec)
+        assert facts.family == family
+        assert facts.head_params == pytest.approx(table * share)
+        assert facts.idle_params == (0 if dims.tied else facts.head_params)
+        assert facts.head_params + facts.idle_params < spec.dense_params
+
+
+def test_an_unknown_name_tells_nothing() -> None:
+    model: ModelSpec = example_model(2, 8, 2)
+    assert facts_of(replace(model, name="my own")).family == "any"
+    assert facts_of(replace(model, name="tiny OLMoE with a head")).head_params == 0
+
+
+def test_a_family_has_its_own_floor() -> None:
+    software = replace(GRAPHS.software, layer_floor_s={"any": 1e-5, "olmoe": 3e-5})
+    profile = replace(GRAPHS, software=software)
+    floors = [GraphCosts(profile, model_sizes(n)).floor_s for n in ("olmoe", "qwen3-30b")]
+    assert floors == [3e-5, 1e-5]
