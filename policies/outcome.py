@@ -206,6 +206,7 @@ def _memory(session: TraceSession, world: World) -> dict[str, float]:
         "slots_bytes": slots,
         "dense_bytes": model.dense_bytes,
         "kv_bytes": session.kv_tokens * model.kv_bytes_per_token,
+        "workspace_bytes": session.profile.gpu.workspace_bytes,
         "saving": 1 - (slots + rest) / (experts + rest),
     }
 

@@ -155,7 +155,23 @@ class TraceSession:
             )
         return slots
 
-    def context(self, slots: int, costs: Costs) -> Context:
+    def costs(self, policy: Policy) -> Costs:
+        """What things cost under *policy*; captured decode steps read a whole static cache."""
+        captured = self.profile.host.graph_launch_s > 0
+        return Costs(
+            self.profile,
+            self.model,
+            policy.low_bits,
+            cache_tokens=self.longest if captured else 0,
+        )
+
+    @cached_property
+    def longest(self) -> int:
+        """Positions of the longest sequence."""
+        members = (m for batch in self.batches().members() for m in batch)
+        return max(int(m.positions[-1]) + 1 for m in members)
+
+    def context(self, slots: int, costs: Costs, policy: str = "") -> Context:
         """What a policy may know of a run with *slots* slots."""
         model = self.model
         return Context(
@@ -167,7 +183,7 @@ class TraceSession:
             batch=self.setup.batch,
             transfer_s=costs.queued_copy_s(costs.full_bytes),
             transfer_low_s=costs.queued_copy_s(costs.low_bytes),
-            layer_s=costs.layer_s(),
+            layer_s=costs.layer_s(policy),
             expert_s=costs.expert_s(1),
             seed=self.setup.seed,
             has_weights=self.stored.has_weights,
@@ -212,8 +228,8 @@ class TraceSession:
         policy = POLICIES.build(policy_text)
         forecaster = self._forecaster(policy)
         columns = self._columns(policy, forecaster)
-        costs = Costs(self.profile, self.model, policy.low_bits)
-        context = self._informed(policy, self.context(self.slots(budget), costs))
+        costs = self.costs(policy)
+        context = self._informed(policy, self.context(self.slots(budget), costs, policy.name))
         share = costs.low_bytes / costs.full_bytes
         planner = Planner(policy, context, forecaster, low_bytes_share=share, log=log)
         batches = self.batches(columns)
@@ -238,7 +254,7 @@ class TraceSession:
         points = []
         for size in slots:
             policy = POLICIES.build(policy_text)
-            context = self.context(size, Costs(self.profile, self.model))
+            context = self.context(size, self.costs(policy), policy.name)
             planner = Planner(policy, self._informed(policy, context))
             source = self.future if policy.offline else self.batches()
             missed = run_counts(planner, islice(source.steps(), max_steps))

@@ -17,6 +17,7 @@ from traces.errors import InputError
 if TYPE_CHECKING:
     from policies.recording import Recording
     from policies.routing import Step
+    from policies.session import TraceSession
     from sim.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,11 +93,15 @@ def run(
     from sim.parallel import belady_beside
 
     session = _session(setup)
-    _check_outputs(json_path, timeline, report)
+    check_outputs(json_path, timeline, report)
     budget = Budget(cache, slots, gpu_memory)
     with belady_beside(session, budget):
         result, recording = session.run(
-            policy, budget, record=bool(report), spans=bool(timeline), watch=_bar(session, policy)
+            policy,
+            budget,
+            record=bool(report),
+            spans=bool(timeline),
+            watch=progress(session, policy),
         )
     written = []
     if timeline and recording is not None:
@@ -107,7 +112,7 @@ def run(
     if report:
         page = _report(session, report, [result], {0: recording} if recording else {})
         written.append(f"report: {page}")
-    _tell(json_path, result.to_json(), run_summary(result), written)
+    tell(json_path, result.to_json(), run_summary(result), written)
 
 
 @click.command()
@@ -142,7 +147,7 @@ def compare(
     from sim.parallel import default_jobs, run_cells
 
     session = _session(setup)
-    _check_outputs(json_path, None, report)
+    check_outputs(json_path, None, report)
     budgets = [Budget(cache=c) for c in cache] + [Budget(slots=s) for s in slots]
     budgets += [Budget(gpu_memory=m) for m in gpu_memory]
     names = list(policies) or list(COMPARED)
@@ -160,7 +165,7 @@ def compare(
         results.append(result)
     written = [f"report: {_report(session, report, results, recordings)}"] if report else []
     data = json.dumps({"results": [r.to_dict() for r in results]}, indent=1, allow_nan=False)
-    _tell(json_path, data + "\n", compare_table(results), written)
+    tell(json_path, data + "\n", compare_table(results), written)
 
 
 @click.command()
@@ -173,7 +178,7 @@ def report(results: tuple[str, ...], out: str, title: str) -> None:
     from reports.html import write_report
 
     found = [result for path in results for result in read_results(Path(path))]
-    page = write_report(Path(out), found, title=title, command=_command_line())
+    page = write_report(Path(out), found, title=title, command=command_line())
     click.echo(compare_table(found))
     click.echo(f"report: {page}")
 
@@ -185,7 +190,7 @@ def _session(setup: dict[str, Any]) -> Session:
     return Session(Setup(**setup))
 
 
-def _bar(session: Session, label: str) -> Callable[[Iterable[Step]], Iterable[Step]]:
+def progress(session: TraceSession, label: str) -> Callable[[Iterable[Step]], Iterable[Step]]:
     """A progress bar over tokens, on a terminal only."""
 
     def watch(steps: Iterable[Step]) -> Iterator[Step]:
@@ -214,7 +219,7 @@ def _counted(runs: Iterator[T], total: int) -> Iterator[T]:
         yield from bar
 
 
-def _check_outputs(json_path: str | None, timeline: str | None, report: str | None) -> None:
+def check_outputs(json_path: str | None, timeline: str | None, report: str | None) -> None:
     """Refuse before a long run what could not be written after it."""
     from reports.files import check_writable
 
@@ -229,7 +234,7 @@ def _check_outputs(json_path: str | None, timeline: str | None, report: str | No
         check_writable(Path(report), report)
 
 
-def _tell(json_path: str | None, data: str, text: str, written: list[str]) -> None:
+def tell(json_path: str | None, data: str, text: str, written: list[str]) -> None:
     """Write *data* where it was asked for; say the rest, not into the JSON on standard output."""
     if json_path and json_path != "-":
         write_file(Path(json_path), lambda file: file.write(data.encode()))
@@ -247,7 +252,7 @@ def _report(
     from reports.html import write_report
 
     curves = _curves(session, results)
-    return write_report(Path(directory), results, recordings, curves, command=_command_line())
+    return write_report(Path(directory), results, recordings, curves, command=command_line())
 
 
 def _curves(session: Session, results: list[Result]) -> dict[str, list[tuple[int, float]]]:
@@ -266,7 +271,7 @@ def _curves(session: Session, results: list[Result]) -> dict[str, list[tuple[int
     return {n: session.curve(n, sizes, CURVE_STEPS) for n in names if n in known}
 
 
-def _command_line() -> str:
+def command_line() -> str:
     import shlex
 
     return shlex.join(["simctl", *sys.argv[1:]])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from reports.cli import _bar, _check_outputs, _command_line, _tell
+from reports.cli import check_outputs, command_line, progress, tell
 from traces.errors import InputError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _runs(request: Request) -> Iterator[Done]:
     from reports.validation.replay import replay
 
     run = replay if request.model is None else live
-    return run(request, _bar)  # type: ignore[arg-type]
+    return run(request, progress)
 
 
 def _refuse_bad_input(done: Sequence[Done]) -> None:
@@ -198,10 +198,10 @@ def _finish(options: dict[str, Any], cells: list[Cell], limits: Limits, found: _
     if options["report"]:
         from reports.validation.page import write_validation
 
-        page = write_validation(Path(options["report"]), cells, verdicts, command=_command_line())
+        page = write_validation(Path(options["report"]), cells, verdicts, command=command_line())
         written.append(f"report: {page}")
     text = cells_table(cells, verdicts)
-    _tell(options["json_path"], _json(cells, verdicts, found.results), text, written)
+    tell(options["json_path"], _json(cells, verdicts, found.results), text, written)
     return int(any(verdict.failed for verdict in verdicts))
 
 
@@ -250,8 +250,8 @@ def _check_written(options: dict[str, Any]) -> None:
     """Refuse before long work what could not be written after it."""
     from reports.validation.cells import read_cells
 
-    _check_outputs(options["json_path"], options["timeline"], options["report"])
-    _check_outputs(options["cells"], None, options["traces"])
+    check_outputs(options["json_path"], options["timeline"], options["report"])
+    check_outputs(options["cells"], None, options["traces"])
     if options["cells"] == "-":
         raise InputError("--cells -: expected a file")
     if options["cells"] and Path(options["cells"]).exists():

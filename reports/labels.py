@@ -37,7 +37,7 @@ def sizes_note(result: Result) -> str:
 
 
 #: How a world is named to a reader.
-WORLDS = {"sim": "simulated", "runtime": "measured on the GPU"}
+WORLDS = {"sim": "simulated", "gpu": "measured on the GPU", "cpu": "measured on the CPU"}
 
 
 def by_setting(results: Sequence[Result]) -> list[list[Result]]:

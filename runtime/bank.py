@@ -6,15 +6,18 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.errors import OffloadError
+from runtime.lanes import Lanes
 from runtime.layout import ExpertLayout, LowLayout
 
 #: Changes of the table that may be on their way to the device at once.
 RING = 1 << 14
+
+#: Up to this many changes are written one by one, each at about a tenth of a kernel's launch.
+FEW = 12
 
 #: Table entry of an expert that this event does not compute on the device.
 ABSENT = -1
@@ -87,19 +90,21 @@ class ExpertTable:
     """For every expert the slot that an event reads it from, int32 [layers, experts].
 
     The table lies on the device. :meth:`set` notes a change, :meth:`flush` hands all of them
-    to the computing lane in one go, read there from pinned host memory.
+    to the computing lane: a few as single writes, many to one kernel that reads them from
+    pinned host memory. Neither queues behind the copies of experts, as a small copy would.
     """
 
-    def __init__(self, layers: int, experts: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, layers: int, experts: int, lanes: Lanes) -> None:
+        self._lanes = lanes
+        device = lanes.device
         self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
         self._flat = self.slots.view(-1)
-        self._now = np.full(layers * experts, ABSENT, dtype=np.int32)
+        self._now = [ABSENT] * (layers * experts)
         self._changed: dict[int, int] = {}
-        self._ring = torch.zeros(RING, 2, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._pairs = self._ring.numpy()
-        self._next = 0
-        self._kernel: Any = None
+        self._kernel: Any = _scatter_kernel() if device.type == "cuda" else None
+        if self._kernel is not None:
+            self._ring = torch.zeros(RING, 2, dtype=torch.int32, pin_memory=True)
+            self._next = 0
 
     def set(self, expert: int, slot: int) -> None:
         """*expert* is to be read from *slot* from the next flush on."""
@@ -107,41 +112,44 @@ class ExpertTable:
 
     def slot(self, expert: int) -> int:
         """What the table says of *expert*, changes not yet flushed included."""
-        return self._changed.get(expert, int(self._now[expert]))
+        return self._changed.get(expert, self._now[expert])
 
-    def flush(self) -> bool:
-        """Apply the noted changes in the computing lane; whether there were any."""
-        changed = {e: s for e, s in self._changed.items() if self._now[e] != s}
+    def flush(self) -> None:
+        """Apply the noted changes in the computing lane."""
+        if not self._changed:
+            return
+        now = self._now
+        changed = [(e, s) for e, s in self._changed.items() if now[e] != s]
         self._changed.clear()
-        if not changed:
-            return False
-        pairs = np.array(list(changed.items()), dtype=np.int32)
-        self._now[pairs[:, 0]] = pairs[:, 1]
-        for first in range(0, len(pairs), RING // 4):
-            self._send(pairs[first : first + RING // 4])
-        return True
+        for expert, slot in changed:
+            now[expert] = slot
+        if self._kernel is not None and len(changed) > FEW:
+            for first in range(0, len(changed), RING // 4):
+                self._send(changed[first : first + RING // 4])
+            return
+        for expert, slot in changed:
+            self._lanes.write(self._flat, expert, slot)
 
-    def _send(self, pairs: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    def free(self) -> None:
+        """Give the memory back."""
+        self.slots = self._flat = torch.empty(0, dtype=torch.int32)
+
+    def _send(self, pairs: list[tuple[int, int]]) -> None:
+        """One kernel that reads *pairs* over the link itself."""
         count = len(pairs)
         if self._next + count > RING:
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).synchronize()
+            self._lanes.finish()
             self._next = 0
-        first, self._next = self._next, self._next + count
-        self._pairs[first : first + count] = pairs
-        rows = self._ring[first : first + count]
-        if self.device.type == "cuda" and self._scatter(rows, count):
-            return
-        rows = rows.to(self.device, non_blocking=True)
-        self._flat[rows[:, 0].long()] = rows[:, 1]
-
-    def _scatter(self, rows: Tensor, count: int) -> bool:
-        """One kernel that reads *rows* over the link itself, past the queue of the copies."""
-        if self._kernel is None:
-            if not importlib.util.find_spec("triton"):
-                return False
-            from runtime.scatter import scatter
-
-            self._kernel = scatter
+        rows = self._ring[self._next : self._next + count]
+        self._next += count
+        rows.copy_(torch.tensor(pairs, dtype=torch.int32))
         self._kernel(self._flat, rows, count)
-        return True
+
+
+def _scatter_kernel() -> Any:
+    """The kernel, or None where there is no Triton to compile it."""
+    if not importlib.util.find_spec("triton"):
+        return None
+    from runtime.scatter import scatter
+
+    return scatter

@@ -6,8 +6,8 @@ drives it (the eager hook, the layer graphs) says what a gate answered and how t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from policies.base import Service, Substitute
 from policies.moves import Move
@@ -38,7 +38,7 @@ class Engine:
     ) -> None:
         self.planner, self.store, self.bank, self.lanes = planner, store, bank, lanes
         context = planner.context
-        self.table = ExpertTable(context.layers, context.experts, lanes.device)
+        self.table = ExpertTable(context.layers, context.experts, lanes)
         self.copier = Copier(store, bank, lanes, depth)
         self.watch = Stopwatch(lanes)
         self.events = self.accesses = self.late = self.steps = 0
@@ -49,21 +49,20 @@ class Engine:
         #: Called with (routing, plan, late copies) after each event, if set.
         self.on_event: Callable[[Routing, Plan, Sequence[int]], None] | None = None
 
-    @contextmanager
-    def blaming(self) -> Iterator[None]:
-        """What a user's plug-in raises inside names the plug-in and the event."""
-        try:
-            yield
-        except Exception as error:
-            blamed = blame(self.planner, error)
-            if blamed is error:
-                raise
-            raise blamed from error
+    def _raise_blamed(self, error: Exception) -> NoReturn:
+        """What a user's plug-in raised names the plug-in and the event."""
+        blamed = blame(self.planner, error)
+        if blamed is error:
+            raise error
+        raise blamed from error
 
     def begin(self, step: Step) -> None:
         """*step* starts: make the prefetches that its path forecast asks for."""
-        with self.blaming():
+        self.lanes.enter()
+        try:
             moves = self.planner.begin(step)
+        except Exception as error:
+            self._raise_blamed(error)
         if moves:
             # Their slots may have been read by the last layer of the step before.
             self.lanes.copy_after_compute()
@@ -77,8 +76,10 @@ class Engine:
 
         The moves of its first wave are issued, its table entries are noted.
         """
-        with self.blaming():
+        try:
             plan = self.planner.plan(routing)
+        except Exception as error:
+            self._raise_blamed(error)
         self.events += 1
         self.accesses += len(routing.experts)
         if plan is NOTHING:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from policies.base import Policy
-from runtime.hook import Hook
+from runtime.hook import Hook, HostAnswer
 from runtime.maths import Fused, Inputs
-from runtime.steps import Answer
 
 #: Chains kept at a time; one is needed for each batch size and cache.
 MOST_CHAINS = 16
@@ -48,6 +47,11 @@ class DecodeGraphs:
         self._met.add(key)
         return False
 
+    @property
+    def chains(self) -> Sequence[Chain]:
+        """The chains captured so far."""
+        return list(self._chains.values())
+
     def warm(self, kwargs: dict[str, Any]) -> None:
         """Set up, capture and replay a pass once, its experts left out.
 
@@ -75,7 +79,7 @@ class DecodeGraphs:
                 return self._forward(**kwargs)
         return chain.replay(kwargs, counted=captured)
 
-    def _forget(self, cache: int) -> None:
+    def forget(self, cache: int) -> None:
         """A cache is gone: what was captured for it reads freed memory."""
         self._chains = {key: chain for key, chain in self._chains.items() if key[0] != cache}
         self._met = {key for key in self._met if key[0] != cache}
@@ -102,8 +106,14 @@ class DecodeGraphs:
             )
             return None
         self._chains[key] = chain
-        weakref.finalize(kwargs["past_key_values"], self._forget, key[0])
+        weakref.finalize(kwargs["past_key_values"], _forget, weakref.ref(self), key[0])
         return chain
+
+
+def _forget(graphs: weakref.ref[DecodeGraphs], cache: int) -> None:
+    alive = graphs()
+    if alive is not None:
+        alive.forget(cache)
 
 
 class _Counters:
@@ -156,8 +166,8 @@ def _key(kwargs: dict[str, Any]) -> Any:
 class _Gate:
     """Where a captured gate leaves its answer, and what its experts read."""
 
-    def __init__(self, rows: Tensor, weights: Tensor | None, inputs: Inputs) -> None:
-        self.rows, self.weights, self.inputs = rows, weights, inputs
+    def __init__(self, host: HostAnswer, inputs: Inputs) -> None:
+        self.host, self.inputs = host, inputs
 
 
 class Chain:
@@ -223,13 +233,11 @@ class Chain:
         """While capturing: end this graph with the gate's answer, begin the next with experts."""
         hook = self._hook
         rows = hook.reader.gather(layer, hidden, index)
-        to_rows, to_weights = hook.reader.new_buffers(rows, weights)
-        to_rows.copy_(rows, non_blocking=True)
-        if to_weights is not None:
-            to_weights.copy_(weights, non_blocking=True)
+        host = hook.reader.new_buffers(rows, weights)
+        host.take(rows, weights)
         self._segments[-1].capture_end()
         table = hook.engine.table.slots[layer]
-        self._gates.append(_Gate(to_rows, to_weights, (hidden, index, weights, table)))
+        self._gates.append(_Gate(host, (hidden, index, weights, table)))
         self._open()
         out = torch.empty_like(hidden)
         self._kernels.run(hidden, index, weights, table, out)
@@ -245,14 +253,16 @@ class Chain:
         engine = self._hook.engine
         self._segments[0].replay()
         for layer, gate in enumerate(self._gates):
-            engine.watch.split("attention")
-            self._hook.await_mark(engine.lanes.mark())
-            answer = self._hook.reader.answer(gate.rows, gate.weights, self._hook.top_k)
-            self._event(layer, gate, answer)
+            self._hook.await_mark(engine.watch.split("attention") or engine.lanes.mark())
+            self._event(layer, gate)
         cache = kwargs["past_key_values"]
         if not counted:
             _advance(cache)
         return self._result(cache)
+
+    def segments(self) -> Sequence[Any]:
+        """The captured graphs in order: up to the first gate, one per layer, to the end."""
+        return self._segments
 
     def replay_blind(self) -> None:
         """Run every graph once with what the table holds, whatever the gates answer."""
@@ -260,9 +270,9 @@ class Chain:
             segment.replay()
         torch.cuda.synchronize()
 
-    def _event(self, layer: int, gate: _Gate, answer: Answer) -> None:
+    def _event(self, layer: int, gate: _Gate) -> None:
         engine = self._hook.engine
-        routing = self._hook.route(layer, answer)
+        routing = self._hook.route(layer, gate.host.read())
         plan, late = engine.decide(routing)
         if engine.whole(plan):
             engine.at_once(plan, late)

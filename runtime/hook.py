@@ -41,6 +41,13 @@ def install(model: Any, gates: Sequence[Gate], hook: Hook) -> None:
     model.set_experts_implementation(NAME)
 
 
+def uninstall(gates: Sequence[Gate]) -> None:
+    """Let go of the hook: its slots can be freed."""
+    for gate in gates:
+        if hasattr(gate.experts, _HANDLE):
+            object.__delattr__(gate.experts, _HANDLE)
+
+
 class Steps(Protocol):
     """Turns a gate's answer into an event (:class:`runtime.steps.LiveSteps` and others)."""
 
@@ -69,7 +76,8 @@ class GateReader:
         self.with_weights = with_weights
         self.ahead, self.width = ahead, width
         self._pin = pin
-        self._buffers: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        self._buffers: dict[tuple[int, ...], HostAnswer] = {}
+        self._top_k = gates[0].top_k
 
     def gather(self, layer: int, hidden: Tensor, index: Tensor) -> Tensor:
         """The rows int64 [T, k + ahead * width] to send, on the device."""
@@ -79,8 +87,8 @@ class GateReader:
         guesses = [gate.rank(hidden, self.width) for gate in targets]
         return torch.cat([index, *guesses], dim=1)
 
-    def buffers(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Host memory of the shapes of *rows* and *weights*, pinned beside a GPU.
+    def buffers(self, rows: Tensor, weights: Tensor) -> HostAnswer:
+        """Host memory for *rows* and *weights*, pinned beside a GPU.
 
         The same memory for the same shape: an answer must be used before the next is sent.
         """
@@ -89,23 +97,37 @@ class GateReader:
             self._buffers[shape] = self.new_buffers(rows, weights)
         return self._buffers[shape]
 
-    def new_buffers(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    def new_buffers(self, rows: Tensor, weights: Tensor) -> HostAnswer:
         """Host memory as :meth:`buffers` gives, that nobody else has."""
-        mine = torch.zeros(rows.shape, dtype=torch.int64, pin_memory=self._pin)
-        if not self.with_weights:
-            return mine, None
-        return mine, torch.zeros(weights.shape, dtype=weights.dtype, pin_memory=self._pin)
+        values = weights if self.with_weights else None
+        return HostAnswer(rows, values, self._top_k, self.width, pin=self._pin)
 
-    def answer(self, rows: Tensor, weights: Tensor | None, top_k: int) -> Answer:
-        """What lies in the host buffers *rows* and *weights*."""
-        values = rows.numpy()
-        width = self.width
+
+class HostAnswer:
+    """Host memory that takes one gate's *rows* int64 [T, columns] and *weights* [T, k]."""
+
+    def __init__(
+        self, rows: Tensor, weights: Tensor | None, top_k: int, width: int, *, pin: bool
+    ) -> None:
+        self._rows = torch.zeros(rows.shape, dtype=torch.int64, pin_memory=pin)
+        self._weights: Tensor | None = None
+        if weights is not None:
+            self._weights = torch.zeros(weights.shape, dtype=weights.dtype, pin_memory=pin)
+        values = self._rows.numpy()
         starts = range(top_k, values.shape[1], width) if width else ()
-        return Answer(
-            values[:, :top_k],
-            None if weights is None else weights.float().numpy(),
-            [values[:, start : start + width] for start in starts],
-        )
+        self._experts = values[:, :top_k]
+        self._ahead = [values[:, start : start + width] for start in starts]
+
+    def take(self, rows: Tensor, weights: Tensor) -> None:
+        """Have the device send its answer here."""
+        self._rows.copy_(rows, non_blocking=True)
+        if self._weights is not None:
+            self._weights.copy_(weights, non_blocking=True)
+
+    def read(self) -> Answer:
+        """What has arrived."""
+        weights = None if self._weights is None else self._weights.float().numpy()
+        return Answer(self._experts, weights, self._ahead)
 
 
 class Hook:
@@ -116,7 +138,6 @@ class Hook:
     ) -> None:
         self.engine, self.gates, self.reader, self.maths = engine, gates, reader, maths
         self.cpu = CpuExperts(engine.store, gates)
-        self.top_k = gates[0].top_k
         #: Set by whoever runs the step, before the model does.
         self.step: Step | None = None
         self.steps: Steps | None = None
@@ -129,14 +150,10 @@ class Hook:
             return self.capturing(layer, hidden, index, weights)
         engine = self.engine
         rows = self.reader.gather(layer, hidden, index)
-        to_rows, to_weights = self.reader.buffers(rows, weights)
-        engine.lanes.to_host(to_rows, rows)
-        if to_weights is not None:
-            engine.lanes.to_host(to_weights, weights)
-        engine.watch.split("attention")
-        self.await_mark(engine.lanes.mark())
-        answer = self.reader.answer(to_rows, to_weights, self.top_k)
-        routing = self.route(layer, answer)
+        host = self.reader.buffers(rows, weights)
+        host.take(rows, weights)
+        self.await_mark(engine.watch.split("attention") or engine.lanes.mark())
+        routing = self.route(layer, host.read())
         plan, late = engine.decide(routing)
         call = self.maths.begin(layer, hidden, index, weights, engine.table.slots[layer])
         inputs = hidden, index, weights

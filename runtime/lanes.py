@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.driver import copy_to_device, write_value
+
 
 class Mark:
     """A point of a lane; *at_s* is when it passed, on the device's clock, once read."""
@@ -32,6 +34,9 @@ class Lanes(ABC):
     """One device with a computing lane and a copy lane that run beside each other."""
 
     device: torch.device
+
+    def enter(self) -> None:
+        """A step begins: what computes now is the computing lane."""
 
     @abstractmethod
     def mark(self) -> Mark:
@@ -57,9 +62,16 @@ class Lanes(ABC):
     def read(self, mark: Mark) -> float:
         """Seconds on the device's clock at which *mark*, which has passed, was reached."""
 
+    def recycle(self, marks: list[Mark]) -> None:
+        """Nobody will ask for *marks* again: what they are made of can be used anew."""
+
     @abstractmethod
     def finish(self) -> None:
         """Wait on the host for both lanes."""
+
+    def write(self, target: Tensor, at: int, value: int) -> None:
+        """Let the computing lane set element *at* of the contiguous int32 *target*."""
+        target.view(-1)[at] = value
 
     def to_host(self, target: Tensor, source: Tensor) -> None:
         """Copy *source* to pinned *target* in the computing lane."""
@@ -81,44 +93,61 @@ class CudaLanes(Lanes):
         self.timed = timed
         cuda: Any = torch.cuda
         self._copies = cuda.Stream(device)
-        self._event: Callable[[], Any] = lambda: cuda.Event(enable_timing=timed)
+        self._copy_handle = int(self._copies.cuda_stream)
+        self._compute: Any = torch.cuda.current_stream(device)
+        self._new: Callable[[], Any] = lambda: cuda.Event(enable_timing=timed)
+        self._spare: list[Any] = []
         self._origin = cuda.Event(enable_timing=True)
         self._origin.record()
         #: Stretches every copy by so many GPU cycles: for tests.
         self.delay_cycles: Callable[[], int] | None = None
 
+    def _event(self) -> Any:
+        return self._spare.pop() if self._spare else self._new()
+
+    def recycle(self, marks: list[Mark]) -> None:
+        self._spare += [mark.event for mark in marks]
+
+    def enter(self) -> None:
+        self._compute = torch.cuda.current_stream(self.device)
+
     def mark(self) -> Mark:
         event = self._event()
-        event.record()
+        event.record(self._compute)
         return Mark(event)
 
     def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
-        with torch.cuda.stream(self._copies):
-            begin = Mark(self._event()) if self.timed else Mark()
-            if self.timed:
-                begin.event.record(self._copies)
-            if self.delay_cycles is not None:
-                cuda: Any = torch.cuda
+        stream = self._copies
+        begin = Mark()
+        if self.timed:
+            begin.event = self._event()
+            begin.event.record(stream)
+        if self.delay_cycles is not None:
+            cuda: Any = torch.cuda
+            with cuda.stream(stream):
                 cuda._sleep(self.delay_cycles())
-            target.copy_(source, non_blocking=True)
-            end = Mark(self._event())
-            end.event.record(self._copies)
+        copy_to_device(target.data_ptr(), source.data_ptr(), source.numel(), self._copy_handle)
+        end = Mark(self._event())
+        end.event.record(stream)
         return begin, end
+
+    def write(self, target: Tensor, at: int, value: int) -> None:
+        write_value(target.data_ptr() + 4 * at, value, int(self._compute.cuda_stream))
 
     def passed(self, mark: Mark) -> bool:
         return bool(mark.event.query())
 
     def compute_after(self, mark: Mark) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark.event)
+        self._compute.wait_event(mark.event)
 
     def copy_after_compute(self) -> None:
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        self._copies.wait_stream(self._compute)
 
     def read(self, mark: Mark) -> float:
         return float(self._origin.elapsed_time(mark.event)) * 1e-3 if self.timed else 0.0
 
     def finish(self) -> None:
-        torch.cuda.current_stream(self.device).synchronize()
+        self._compute.synchronize()
         self._copies.synchronize()
 
 

@@ -46,7 +46,8 @@ class RealWorld:
         self.engine, self.costs = engine, costs
         self.planner: Planner = engine.planner
         self.link: Copier = engine.copier
-        self.link.issued = []
+        if engine.watch.on:
+            self.link.issued = []
         self.recording = recording
         self.steps = self.accesses = self.late = 0
         self.decode_tokens = self.prefill_tokens = 0
@@ -132,7 +133,9 @@ class RealWorld:
             found.append((copied, (begin, end)))
             self.link.busy_s += max(0.0, end - begin)
             self._bytes += self.link.size_of(copied.move)
-        self.link.issued = waiting
+        if self.link.issued is not None:
+            self.link.issued = waiting
+        lanes.recycle([copied.begin for copied, _ in found])
         return found
 
     def _weigh_stalls(
@@ -143,6 +146,24 @@ class RealWorld:
             if cause.startswith("stall"):
                 self._stall_s += end - begin
                 self._stall_busy_s += sum(_overlap((begin, end), span) for span in spans)
+
+    def explain(self, timed: RealWorld) -> None:
+        """Split this run's time as *timed* did, which ran some of the same steps with marks.
+
+        Marks cost host time that a run without them does not spend: times are taken from the
+        one, shares from the other.
+        """
+        whole = sum(timed.parts_s) or 1.0
+        self._parts = [part / whole * self._total_s for part in timed.parts_s]
+        decoded = sum(timed.decode_parts_s) or 1.0
+        times = zip(self.decode_step_s, self.decode_step_tokens, strict=True)
+        total = sum(seconds * tokens for seconds, tokens in times)
+        self.decode_parts_s = [part / decoded * total for part in timed.decode_parts_s]
+        carried = self.link.demand_bytes + self.link.prefetch_bytes
+        rate = timed._bytes / timed.link.busy_s if timed.link.busy_s else 0.0
+        self.link.busy_s = carried / rate if rate else 0.0
+        self._bytes = carried
+        self._stall_s, self._stall_busy_s = timed._stall_s, timed._stall_busy_s
 
     def measured(self) -> Measured:
         """The link's figures; memory is the caller's to fill in."""

@@ -172,7 +172,7 @@ class _Builder:
             batch=options.batch,
             transfer_s=costs.queued_copy_s(costs.full_bytes),
             transfer_low_s=costs.queued_copy_s(costs.low_bytes),
-            layer_s=costs.layer_s(),
+            layer_s=costs.layer_s(self.policy.name),
             expert_s=costs.expert_s(1),
             seed=options.seed,
             has_weights="weights" in self.policy.needs,

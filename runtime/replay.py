@@ -80,6 +80,7 @@ class Replay:
             hook.maths.decoding = decoding
         engine.lanes.finish()
         begun = engine.lanes.now()
+        engine.lanes.enter()
         engine.watch.start()
         hook.step = step
         engine.begin(step)

@@ -42,7 +42,7 @@ class Runner:
     def __init__(self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool) -> None:
         self.hook, self.engine, self.steps = hook, hook.engine, steps
         self._forward = model.forward
-        self._graphs = DecodeGraphs(hook, self._forward) if graphs else None
+        self.graphs = DecodeGraphs(hook, self._forward) if graphs else None
         self._demand: list[list[list[int]]] = []
         self._seen: Any = None
         self._closed = ""
@@ -81,13 +81,14 @@ class Runner:
         if isinstance(maths, Reference):
             maths.decoding = decoding
         with self._stepping(step):
-            if decoding and self._graphs is not None and self._graphs.suits(kwargs):
-                return self._graphs.run(kwargs)
+            if decoding and self.graphs is not None and self.graphs.suits(kwargs):
+                return self.graphs.run(kwargs)
             return self._forward(**kwargs)
 
     @contextlib.contextmanager
     def _stepping(self, step: Step) -> Iterator[None]:
         engine = self.engine
+        engine.lanes.enter()
         engine.watch.start()
         engine.begin(step)
         yield
@@ -156,10 +157,10 @@ class Runner:
         with contextlib.suppress(Exception):
             self.engine.lanes.finish()
         self.hook.step = None
-        self._graphs = None
+        self.graphs = None
         self.hook.maths = _Gone()
         self.engine.bank.free()
-        self.engine.table.slots = torch.empty(0)
+        self.engine.table.free()
         self.engine.store.close()
         if self.engine.lanes.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 
@@ -17,22 +17,21 @@ from policies.result import Result
 from policies.routing import Step
 from policies.session import Prepared, Setup, TraceSession, no_garbage_collection
 from runtime.bank import SlotBank
-from runtime.dimensions import replay_model
 from runtime.engine import Engine
-from runtime.errors import OffloadError
-from runtime.families import find_gates, model_spec
+from runtime.hook import uninstall
 from runtime.lanes import lanes_for
-from runtime.layout import ExpertLayout, LowLayout
+from runtime.layout import LowLayout
 from runtime.load import fitting, pick_device
 from runtime.measuring import Measured, RealWorld
 from runtime.offloading import Options, make_hook
 from runtime.replay import Replay
-from runtime.store import HostStore, Loaded
+from runtime.replay_model import ReplayModel
 
 __all__ = ["Measured", "ReplaySession"]
 
-#: Spread of the random expert weights: keeps activations of the size they had.
-_SPREAD = 0.02
+
+#: Steps that are run once more with marks, to learn where the time goes.
+MARKED_STEPS = 40
 
 
 class ReplaySession(TraceSession):
@@ -40,10 +39,11 @@ class ReplaySession(TraceSession):
 
     The model has the dimensions that the setup names and random weights; its experts lie in a
     pinned store, made once for all runs. *compute* and *kernel* are those of
-    :class:`runtime.offloading.Options`.
+    :class:`runtime.offloading.Options`. Sessions that differ in nothing but batch, policy
+    and the like may share a model: pass that of an open one as *model*.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         setup: Setup,
         device: str = "auto",
@@ -51,54 +51,23 @@ class ReplaySession(TraceSession):
         pageable: bool = False,
         kernel: str = "generate",
         graphs: bool = True,
+        like: ReplaySession | None = None,
     ) -> None:
         super().__init__(setup)
         self.device = pick_device(device)
         self.options = Options(
             compute=compute, kernel=kernel, graphs=graphs, pin=not pageable, depth=setup.depth
         )
-        self._model: Any = None
-        self._store: HostStore | None = None
+        self._borrowed = like is not None
+        self.real: ReplayModel | None = None if like is None else like.real
 
     def open(self, advance: Callable[[int], None] = lambda experts: None) -> None:
         """Build model and store, telling *advance* of each expert; done by the first run too."""
-        if self._store is not None:
+        if self.real is not None:
             return
-        with fitting(self.device):
-            self._model = replay_model(self.stored.model, self.setup.sizes, self.device)
-        self.gates = find_gates(self._model)
-        self.layout = ExpertLayout.of(self.gates[0].experts)
-        self._check_shape()
-        pin = self.options.pin and self.device.type == "cuda"
-        store = HostStore(self.model.layers, self.model.experts, self.layout, pin=pin)
-        store.fill(self._random_experts(), advance)
-        for gate in self.gates:
-            for name in list(gate.experts._parameters):
-                delattr(gate.experts, name)
-        self._store = store
-
-    def _check_shape(self) -> None:
-        found = model_spec(self._model, self.model.name)
-        for name in ("layers", "experts", "top_k", "expert_params"):
-            if getattr(found, name) != getattr(self.model, name):
-                raise OffloadError(
-                    f"{self.model.name}: the model that was built has {name} "
-                    f"{getattr(found, name)}, expected {getattr(self.model, name)}"
-                )
-
-    def _random_experts(self) -> Iterator[Loaded]:
-        """Experts with random weights, drawn on the device, where that is fast."""
-        layout = self.layout
-        source = torch.Generator(self.device).manual_seed(self.setup.seed)
-        flat = torch.empty(layout.params, dtype=layout.dtype, device=self.device)
-        for layer in range(self.model.layers):
-            for id in range(self.model.experts):
-                flat.normal_(std=_SPREAD, generator=source)
-                parts = {
-                    p.name: flat[p.first : p.first + _size(p.shape)].view(p.shape)
-                    for p in layout.parts
-                }
-                yield layer, id, parts
+        model = ReplayModel(self.stored.model, self.setup.sizes, self.model, self.device)
+        model.fill(pin=self.options.pin, seed=self.setup.seed, advance=advance)
+        self.real = model
 
     def run(
         self,
@@ -111,69 +80,82 @@ class ReplaySession(TraceSession):
         log: DecisionLog | None = None,
     ) -> tuple[Result, Recording | None, Measured]:
         """Run one policy over the trace on the device; arguments as in the simulator's run."""
-        prepared = self.prepare(policy_text, budget, log=log)
         self.open()
-        planner = prepared.planner
-        recording = Recording(planner.context, with_spans=spans) if record or spans else None
+        prepared = self.prepare(policy_text, budget, log=log)
         _forget_peaks(self.device)
         with fitting(self.device):
-            world, memory = self._run(prepared, recording, watch)
+            world, memory = self._run(prepared, watch)
+            recording = self._explain(world, policy_text, budget, record, spans)
         result = result_of(self, world)
         measured = world.measured()
         measured.gpu_peak_bytes, measured.host_peak_bytes = memory, _host_peak_bytes()
         parts = result.memory
         measured.gpu_predicted_bytes = int(
-            parts["slots_bytes"] + parts["dense_bytes"] + parts["kv_bytes"]
+            parts["slots_bytes"]
+            + parts["dense_bytes"]
+            + parts["kv_bytes"]
+            + self.profile.gpu.workspace_bytes
         )
         return result, recording, measured
+
+    def _explain(
+        self, world: RealWorld, policy_text: str, budget: Budget, record: bool, spans: bool
+    ) -> Recording | None:
+        """Run the first steps once more with marks, to split the time of *world* by cause."""
+        prepared = self.prepare(policy_text, budget)
+        context = prepared.planner.context
+        recording = Recording(context, with_spans=spans) if record or spans else None
+
+        def few(steps: Iterable[Step]) -> Iterable[Step]:
+            return islice(steps, MARKED_STEPS)
+
+        marked, _ = self._run(prepared, few, timed=True, recording=recording)
+        world.explain(marked)
+        return recording
 
     def _run(
         self,
         prepared: Prepared,
-        recording: Recording | None,
         watch: Callable[[Iterable[Step]], Iterable[Step]],
+        *,
+        timed: bool = False,
+        recording: Recording | None = None,
     ) -> tuple[RealWorld, int]:
-        store, planner = self._store, prepared.planner
-        assert store is not None
-        cache = planner.cache
-        low = LowLayout(self.layout, planner.policy.low_bits) if cache.low_slots else None
+        real, planner = self.real, prepared.planner
+        assert real is not None
+        store, cache = real.store, planner.cache
+        low = LowLayout(real.layout, planner.policy.low_bits) if cache.low_slots else None
         if low is not None:
             store.add_low(low, self.device)
         bank = SlotBank(
-            self.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
+            real.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
         )
-        lanes = lanes_for(self.device, timed=True)
-        engine = Engine(planner, store, bank, lanes, self.setup.depth)
-        engine.watch.on = True
-        world = RealWorld(engine, prepared.costs, self.device.type, recording)
-        if world.kind == "cuda":
-            world.kind = "gpu"
-        hook = make_hook(self._model, self.gates, engine, self.options)
-        replay = Replay(self._model, hook, self.model, self.options, self.batches())
+        engine = Engine(planner, store, bank, lanes_for(self.device, timed=timed), self.setup.depth)
+        engine.watch.on = timed
+        kind = "gpu" if self.device.type == "cuda" else self.device.type
+        world = RealWorld(engine, prepared.costs, kind, recording)
+        hook = make_hook(real.model, real.gates, engine, self.options)
+        replay = Replay(real.model, hook, self.model, self.options, self.batches())
         try:
             with no_garbage_collection(), torch.no_grad():
                 replay.run(watch(prepared.steps()), world)
             return world, _peak_bytes(self.device)
         finally:
-            lanes.finish()
+            engine.lanes.finish()
             replay.close()
+            uninstall(real.gates)
             bank.free()
+            engine.table.free()
+            del hook, replay, engine
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Free model and store."""
-        if self._store is not None:
-            self._store.close()
-        self._store = self._model = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+        """Free model and store, unless they are another session's."""
+        if self.real is not None and not self._borrowed:
+            self.real.close()
+        self.real = None
 
 
 def _forget_peaks(device: torch.device) -> None:

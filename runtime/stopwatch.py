@@ -27,17 +27,20 @@ class Stopwatch:
             self._stretches = []
             self._last = self._lanes.mark()
 
-    def split(self, cause: str) -> None:
-        """What the computing lane did since the last split was *cause*."""
-        if self.on and self._last is not None:
-            mark = self._lanes.mark()
-            self._stretches.append((cause, self._last, mark))
-            self._last = mark
+    def split(self, cause: str) -> Mark | None:
+        """What the computing lane did since the last split was *cause*; the mark between."""
+        if not self.on or self._last is None:
+            return None
+        mark = self._lanes.mark()
+        self._stretches.append((cause, self._last, mark))
+        self._last = mark
+        return mark
 
     def stretches(self) -> list[tuple[str, float, float]]:
         """(cause, start, end) in seconds of the device's clock; the step must be over."""
         read = self._lanes.read
         found = [(cause, read(begin), read(end)) for cause, begin, end in self._stretches]
+        self._lanes.recycle([begin for _, begin, _ in self._stretches])
         self._stretches = []
         return found
 

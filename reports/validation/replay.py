@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -16,7 +17,6 @@ from policies.recording import Recording
 from policies.registry import POLICIES
 from policies.result import Result
 from policies.routing import Step
-from policies.session import Setup
 from reports.validation.cells import Cell
 from reports.validation.compare import Measured, Pair, compare
 from reports.validation.cut import count_sequences, cut_trace
@@ -72,7 +72,7 @@ class _Worlds:
 
 
 def replay(
-    request: Request, bars: Bars, opened: Callable[[Setup], RealSession] | None = None
+    request: Request, bars: Bars, opened: Callable[..., RealSession] | None = None
 ) -> Iterator[Done]:
     """Run every cell of a trace; *opened* starts the real world, by default the runtime's.
 
@@ -85,53 +85,35 @@ def replay(
         for batch, policy, budget in request.runs:
             sessions[batch].check(policy, budget)
         facts = {"sequences": count_sequences(path), "trace": Path(request.setup.trace).name}
-        first = True
-        for batch, sim in sessions.items():
-            worlds = _Worlds(request, sim, bars, facts)
-            runs = [(i, run) for i, run in enumerate(request.runs, start=1) if run[0] == batch]
-            yield from _batch(worlds, start, runs, first)
-            first = False
+        with ExitStack() as stack:
+            first: RealSession | None = None
+            for batch, sim in sessions.items():
+                worlds = _Worlds(request, sim, bars, facts)
+                runs = [(i, run) for i, run in enumerate(request.runs, 1) if run[0] == batch]
+                try:
+                    real = _opened(start(sim.setup, like=first), sim.model.total_experts, stack)
+                except FAILURES as error:
+                    if first is None:
+                        raise
+                    yield from [_failure(worlds, run, error) for _, run in runs]
+                    continue
+                first = first or real
+                for number, run in runs:
+                    yield _cell(worlds, real, run, number == request.timeline_cell)
 
 
-def _runtime(request: Request) -> Callable[[Setup], RealSession]:
-    """How the runtime's own session is started."""
+def _runtime(request: Request) -> Callable[..., RealSession]:
+    """How the runtime's own session is started; all share the experts of the first."""
     from runtime.session import ReplaySession
 
     return partial(ReplaySession, device=request.device, compute=request.compute)
 
 
-def _batch(
-    worlds: _Worlds,
-    start: Callable[[Setup], RealSession],
-    runs: Sequence[tuple[int, Run]],
-    first: bool,
-) -> Iterator[Done]:
-    """The cells of one batch, which share the experts in host memory.
-
-    A real world that does not start raises if it is the *first*, else all its cells fail.
-    """
-    try:
-        real = _opened(start(worlds.sim.setup), worlds.sim.model.total_experts)
-    except FAILURES as error:
-        if first:
-            raise
-        yield from [_failure(worlds, run, error) for _, run in runs]
-        return
-    try:
-        for number, run in runs:
-            yield _cell(worlds, real, run, number == worlds.request.timeline_cell)
-    finally:
-        real.close()
-
-
-def _opened(real: RealSession, experts: int) -> RealSession:
-    """*real* with its *experts* in host memory; closed again if they do not fit."""
-    try:
-        with progress_bar("experts into host memory", experts) as advance:
-            real.open(advance)
-    except BaseException:
-        real.close()
-        raise
+def _opened(real: RealSession, experts: int, stack: ExitStack) -> RealSession:
+    """*real* with its *experts* in host memory; closed with *stack*."""
+    stack.callback(real.close)
+    with progress_bar("experts into host memory", experts) as advance:
+        real.open(advance)
     return real
 
 

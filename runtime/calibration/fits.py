@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating[Any]]
 
 #: A larger copy is taken to be longer by at least this share: tables must rise.
 LEAST_RISE = 1e-3
@@ -64,31 +68,51 @@ def queued_within(queued: Sequence[float], isolated: Sequence[float]) -> list[fl
 
 
 class Thinking(NamedTuple):
-    """Seconds of policy and planner: per event, and per move."""
+    """Seconds of policy and planner: per event, per distinct expert of it, and per move."""
 
     event_s: float
+    access_s: float
     move_s: float
-    #: Root mean square that the line misses of the medians, and that a constant would.
+    #: Root mean square that the fit misses of the medians, and that a constant would.
     residual_s: float
     constant_residual_s: float
 
 
-def thinking(moves: Sequence[int], seconds: Sequence[float]) -> Thinking:
-    """What one event costs and each of its moves, from many timed events.
+def thinking(accesses: Sequence[int], moves: Sequence[int], seconds: Sequence[float]) -> Thinking:
+    """What an event costs, each of its experts and each of its moves, from many timed events.
 
-    The median of all events with the same number of moves is one point: a pause of the host
-    must not count. Points weigh as the root of their events.
+    The median of all events with as many experts and moves is one point: a pause of the host
+    must not count. Points weigh as the root of their events; no part is below 0.
     """
-    counts = np.asarray(moves)
-    times = np.asarray(seconds, dtype=float)
-    kinds = np.unique(counts)
-    medians = [float(np.median(times[counts == kind])) for kind in kinds]
-    weights = [math.sqrt(float((counts == kind).sum())) for kind in kinds]
-    fitted = line(kinds.tolist(), medians, weights)
-    points = np.asarray(medians)
-    average = float(np.average(points, weights=weights))
-    constant = math.sqrt(float(np.average((points - average) ** 2, weights=weights)))
-    return Thinking(fitted.alpha, fitted.beta, fitted.residual, constant)
+    groups: dict[tuple[int, int], list[float]] = {}
+    for key, value in zip(zip(accesses, moves, strict=True), seconds, strict=True):
+        groups.setdefault(key, []).append(value)
+    points = np.array([float(np.median(values)) for values in groups.values()])
+    weights = np.sqrt([float(len(values)) for values in groups.values()])
+    columns = np.array([(1.0, *key) for key in groups])
+    parts, residual = _nonnegative(columns, points, weights)
+    _, constant = _nonnegative(columns[:, :1], points, weights)
+    event, access, move = parts
+    return Thinking(event, access, move, residual, constant)
+
+
+def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> tuple[list[float], float]:
+    """Least squares with no coefficient below 0, and the root mean square that is missed.
+
+    Every choice of columns is tried: there are few.
+    """
+    root = np.sqrt(weights)
+    best, best_missed = [0.0] * columns.shape[1], math.inf
+    for kept in product((False, True), repeat=columns.shape[1]):
+        chosen = [i for i, keep in enumerate(kept) if keep]
+        found = np.zeros(columns.shape[1])
+        if chosen:
+            part = columns[:, chosen] * root[:, None]
+            found[chosen] = np.linalg.lstsq(part, values * root, rcond=None)[0]
+        missed = float(np.average((values - columns @ found) ** 2, weights=weights))
+        if found.min() >= 0 and missed < best_missed:
+            best, best_missed = found.tolist(), missed
+    return best, math.sqrt(best_missed)
 
 
 class ExpertTime(NamedTuple):

@@ -28,6 +28,7 @@ FAMILIES = (
 TYPICAL = "qwen3_moe"
 
 FEW_LAYERS, MORE_LAYERS = 3, 9
+TOP_K = 4
 CACHE_TOKENS = 512
 PROMPT = 64
 STEPS = 60
@@ -52,7 +53,7 @@ def tiny_dimensions(family: str, layers: int, wide: bool) -> Dimensions:
         published_params=0,
         layers=layers,
         experts=16,
-        top_k=4,
+        top_k=TOP_K,
         hidden=128 * unit,
         intermediate=64 * unit,
         heads=8,
@@ -312,9 +313,9 @@ def cache_share(short_s: float, long_s: float, token_s: float) -> float:
 
 def _segments(model: Any) -> list[Any]:
     """The graphs of the captured decode step of *model*, in order; none if it runs eagerly."""
-    graphs = model.expert_cache.runner._graphs
-    chains = list(graphs._chains.values()) if graphs is not None else []
-    return list(chains[0]._segments) if chains else []
+    graphs = model.expert_cache.runner.graphs
+    chains = graphs.chains if graphs is not None else []
+    return list(chains[0].segments()) if chains else []
 
 
 def measure_workspace(bench: Bench) -> int:

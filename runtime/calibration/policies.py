@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from policies.budget import Budget
 from policies.planner import Planner
 from policies.registry import POLICIES
-from policies.routing import Routing, Step
+from policies.routing import Step
 from policies.session import Setup, TraceSession, no_garbage_collection
 from runtime.calibration.fits import Thinking, thinking
+from runtime.steps import Answer, ReplayedSteps
 from traces.errors import InputError
 from traces.model import ModelSpec
 from traces.store import write_trace
@@ -20,6 +23,9 @@ from traces.synth import SynthSettings, synthesise
 
 #: Events before timing starts: the slots fill and caches warm up.
 WARM_EVENTS = 200
+
+#: Sequences at a time: a policy's time grows with the experts of an event.
+BATCHES = (1, 4, 8)
 
 #: The budget: most events of a run wait for something, many do not.
 CACHE = "50%"
@@ -41,43 +47,73 @@ def made_up_trace(path: Path, sequences: int, tokens: int, seed: int = 7) -> Non
     write_trace(path, model, synthesise(settings), source="made up", license="none")
 
 
-def measure_policies(quick: bool, advance: Callable[[], None]) -> dict[str, Thinking]:
-    """Seconds per event and per move of every policy that is registered, by name.
+class Timed:
+    """Timed events: distinct experts, moves and seconds of each."""
 
-    One that cannot run on the made-up trace is left out.
+    def __init__(self) -> None:
+        self.accesses: list[int] = []
+        self.moves: list[int] = []
+        self.seconds: list[float] = []
+
+
+def measure_policies(quick: bool, advance: Callable[[], None]) -> dict[str, Thinking]:
+    """Seconds per event, expert and move of every policy that is registered, by name.
+
+    From runs of one and of several sequences at a time. A policy that cannot run on the
+    made-up trace is left out.
     """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.parquet"
-        made_up_trace(path, sequences=2 if quick else 6, tokens=60 if quick else 250)
-        session = TraceSession(Setup(trace=str(path), train=str(path)))
+        made_up_trace(path, sequences=max(BATCHES), tokens=30 if quick else 120)
+        sessions = [
+            TraceSession(Setup(trace=str(path), train=str(path), batch=batch)) for batch in BATCHES
+        ]
         for name in POLICIES.classes():
+            timed = Timed()
             try:
-                planner, _, steps = session.prepare(name, Budget(cache=CACHE))
+                for session in sessions:
+                    planner, _, steps = session.prepare(name, Budget(cache=CACHE))
+                    time_events(planner, list(steps()), ReplayedSteps(session.model), timed)
             except InputError:
                 continue
             finally:
                 advance()
-            moves, seconds = timed_events(planner, list(steps()))
-            found[name] = thinking(moves, seconds)
+            found[name] = thinking(timed.accesses, timed.moves, timed.seconds)
     return found
 
 
-def timed_events(
-    planner: Planner, steps: list[Step], now: Callable[[], float] = time.perf_counter
-) -> tuple[list[int], list[float]]:
-    """Moves and seconds of each event of *steps* under *planner*, the first ones left out."""
-    moves: list[int] = []
-    seconds: list[float] = []
+def time_events(
+    planner: Planner,
+    steps: list[Step],
+    source: ReplayedSteps,
+    into: Timed,
+    now: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Time each event of *steps*, from its gate's answer to its plan, but the first ones."""
+    done = Timed()
     event = 0
     with no_garbage_collection():
         for step in steps:
             planner.begin(step)
-            for layer, experts in enumerate(step.demand):
+            for layer, answer in enumerate(_answers(step, planner.context.experts)):
                 start = now()
-                plan = planner.plan(Routing(step, layer, experts, event))
-                seconds.append(now() - start)
-                moves.append(sum(map(len, plan.waves)) + len(plan.prefetch))
+                routing = source.route(step, layer, answer, event)
+                plan = planner.plan(routing)
+                done.seconds.append(now() - start)
+                done.accesses.append(len(routing.experts))
+                done.moves.append(sum(map(len, plan.waves)) + len(plan.prefetch))
                 event += 1
     warm = min(WARM_EVENTS, event // 2)
-    return moves[warm:], seconds[warm:]
+    into.accesses += done.accesses[warm:]
+    into.moves += done.moves[warm:]
+    into.seconds += done.seconds[warm:]
+
+
+def _answers(step: Step, experts: int) -> list[Answer]:
+    """What the gates of *step* answered; where a run carries only demands, as one token."""
+    if step._experts is not None:
+        return [Answer(step._experts[:, layer]) for layer in range(len(step.demand))]
+    return [
+        Answer(np.array([demand]) - layer * experts) for layer, demand in enumerate(step.demand)
+    ]

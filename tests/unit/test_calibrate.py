@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
+from policies.budget import Budget  # noqa: E402
 from policies.costs import Costs  # noqa: E402
 from policies.hardware import FIGURES, load_profile  # noqa: E402
 from policies.registry import POLICIES  # noqa: E402
+from policies.session import Setup, TraceSession  # noqa: E402
 from policies.tables import leaves  # noqa: E402
 from runtime import cli_calibrate  # noqa: E402
 from runtime.calibration import fits, run  # noqa: E402
@@ -36,6 +38,7 @@ from runtime.calibration.kernels import Graphs, Rates  # noqa: E402
 from runtime.calibration.models import (  # noqa: E402
     FAMILIES,
     PUBLISHED,
+    TOP_K,
     Chain,
     Decoding,
     Launches,
@@ -46,8 +49,9 @@ from runtime.calibration.models import (  # noqa: E402
     tiny_dimensions,
     with_published_heads,
 )
-from runtime.calibration.policies import made_up_trace, timed_events  # noqa: E402
+from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
 from runtime.calibration.toml import dumps  # noqa: E402
+from runtime.steps import ReplayedSteps  # noqa: E402
 from tests.helpers import random_trace, simulate  # noqa: E402
 from traces.errors import InputError  # noqa: E402
 from traces.sizes import dimensions, model_sizes  # noqa: E402
@@ -104,14 +108,27 @@ def test_rising_rises_and_leaves_alone_what_did(seconds):
 
 
 def test_pauses_of_the_host_do_not_count():
-    """A line under two in a hundred events that take a thousand times as long."""
+    """A plane under two in a hundred events that take a thousand times as long."""
     draw = random.Random(1)
-    moves = [draw.choice([0, 0, 0, 1, 2, 4]) for _ in range(3000)]
-    seconds = [2e-6 + 5e-7 * n + (5e-3 if draw.random() < 0.02 else 0.0) for n in moves]
-    found = fits.thinking(moves, seconds)
+    accesses = [draw.choice([4, 4, 9, 12]) for _ in range(4000)]
+    moves = [draw.choice([0, 0, 0, 1, 2, 4]) for _ in accesses]
+    seconds = [
+        2e-6 + 3e-7 * n + 5e-7 * m + (5e-3 if draw.random() < 0.02 else 0.0)
+        for n, m in zip(accesses, moves, strict=True)
+    ]
+    found = fits.thinking(accesses, moves, seconds)
     assert found.event_s == pytest.approx(2e-6, rel=1e-6)
+    assert found.access_s == pytest.approx(3e-7, rel=1e-6)
     assert found.move_s == pytest.approx(5e-7, rel=1e-6)
     assert found.residual_s < 1e-12 < found.constant_residual_s
+
+
+def test_no_part_of_thinking_is_negative():
+    """Fewer seconds with more moves: the moves are free, the mean remains."""
+    found = fits.thinking([4, 4, 4], [0, 1, 2], [3e-6, 2e-6, 1e-6])
+    assert found.move_s == 0
+    assert found.event_s + 4 * found.access_s == pytest.approx(2e-6)
+    assert fits.thinking([2, 8], [0, 0], [1e-6, 4e-6])[:3] == pytest.approx((0, 5e-7, 0))
 
 
 @pytest.mark.parametrize("passes", [0.0, 3.0, 11.0])
@@ -153,19 +170,19 @@ def test_every_family_runs_small_with_the_heads_of_a_published_model(family, ben
         assert len(decoding.kept) == 2
 
 
-def test_events_are_timed_with_their_moves(tmp_path):
-    """Each event takes one tick of a clock that does nothing else; moves are the planner's."""
-    from policies.budget import Budget
-    from policies.session import Setup, TraceSession
-
-    made_up_trace(tmp_path / "t.parquet", sequences=1, tokens=30)
-    session = TraceSession(Setup(trace=str(tmp_path / "t.parquet")))
-    planner, _, steps = session.prepare("lru", Budget(cache="50%"))
-    ticks = iter(range(10**6))
-    moves, seconds = timed_events(planner, list(steps()), lambda: float(next(ticks)))
-    assert set(seconds) == {1.0}
-    assert len(moves) == len(seconds) == 30 * 12 - 180
-    assert 0 < sum(moves) <= planner.counts["demand"]
+@pytest.mark.parametrize("policy", ["lru", "belady"])
+def test_events_are_timed_with_their_experts_and_moves(tmp_path, policy):
+    """Each event takes one tick of a clock that does nothing else; the rest is the planner's."""
+    made_up_trace(tmp_path / "t.parquet", sequences=2, tokens=30)
+    session = TraceSession(Setup(trace=str(tmp_path / "t.parquet"), batch=2))
+    planner, _, steps = session.prepare(policy, Budget(cache="50%"))
+    ticks, timed = iter(range(10**6)), Timed()
+    steps = list(steps())
+    source = ReplayedSteps(session.model)
+    time_events(planner, steps, source, timed, lambda: float(next(ticks)))
+    assert set(timed.seconds) == {1.0}
+    assert timed.accesses == [len(d) for step in steps for d in step.demand][180:]
+    assert 0 < sum(timed.moves) <= planner.counts["demand"]
 
 
 VALUES = st.recursive(
@@ -200,8 +217,9 @@ FOUND = run.Measured(
     experts=Experts(0.9, 11.0, [ExpertRow("qwen3-30b", 9_437_184, [1], [5e-5], 1.5e-5)]),
     cpu=CpuRates(1e11, 2e12),
     policies={
-        "lru": Thinking(2e-6, 1e-6, 1e-7, 1e-6), "predictive": Thinking(2e-5, 3e-6, 1e-7, 4e-6),
-        "fifo": Thinking(1e-6, 1e-6, 1e-7, 1e-6),
+        "lru": Thinking(2e-6, 2e-7, 1e-6, 1e-7, 1e-6),
+        "predictive": Thinking(2e-5, 1e-6, 3e-6, 1e-7, 4e-6),
+        "fifo": Thinking(1e-6, 0.0, 1e-6, 1e-7, 1e-6),
     },
     launches=Launches(9e-6, 3e-4, 60, 20),
     dense=Line(3e-6, 0.7, 1e-6),
@@ -222,7 +240,8 @@ def test_the_parts_of_a_captured_layer_add_up_to_it(bench, tmp_path):
     profile = run.write_profile(tmp_path / "mine.toml", run.profile_values(bench, FOUND))
     host = profile.host
     layer = profile.software.layer_floor_s["qwen3_moe"] + host.gate_sync_s + host.graph_launch_s
-    assert layer + host.policy_event_s["lru"] == pytest.approx(FOUND.chain.layer_s, rel=1e-3)
+    thinking_s = host.policy_event_s["lru"] + TOP_K * host.policy_access_s["lru"]
+    assert layer + thinking_s == pytest.approx(FOUND.chain.layer_s, rel=1e-3)
     assert host.step_s + host.graph_launch_s == pytest.approx(FOUND.chain.rest_s, rel=1e-3)
     more = host.policy_event_s["predictive"] - host.policy_event_s["lru"]
     assert more == pytest.approx(1.8e-5, rel=1e-2)

@@ -27,7 +27,9 @@ class FakeReal:
     raises: ClassVar[dict[str | int, BaseException]] = {}
     opened: ClassVar[list[FakeReal]] = []
 
-    def __init__(self, setup: Setup, device: str = "auto", compute: str = "fused") -> None:
+    def __init__(
+        self, setup: Setup, device: str = "auto", compute: str = "fused", like: Any = None
+    ) -> None:
         self.session = Session(replace(setup, **self.change))
         self.arguments = (setup, device, compute)
         self.closed = False

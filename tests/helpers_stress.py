@@ -1,0 +1,417 @@
+"""Random policies, routings and delays against the engine, and what must come out, in float64.
+
+No model is involved: a driver asks the engine as the hook and the graphs do, with random
+gates and hidden states, and compares every output with one computed from the store alone.
+Import it only after ``pytest.importorskip("torch")``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from policies.base import Context, Forecast, Policy, Service, Substitute
+from policies.planner import Plan, Planner
+from policies.routing import DECODE, PREFILL, Routing, Step
+from runtime.bank import SlotBank
+from runtime.engine import Engine
+from runtime.lanes import Lanes, Mark
+from runtime.layout import ExpertLayout, LowLayout
+from runtime.maths import CpuExperts, Fused
+from runtime.quantise import dequantise
+from runtime.store import HostStore
+from tests.helpers_kernels import experts_module
+
+HIDDEN, INTERMEDIATE = 16, 8
+#: A byte that makes NaN of every number it is part of.
+SPOILT = 255
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: its shape, its budget, how its policy serves, and the seed of everything else.
+
+    *bits* 0 means no low precision. *tokens* is the most of a decode step; prefill steps have
+    up to five times as many.
+    """
+
+    seed: int
+    layers: int = 3
+    experts: int = 6
+    top_k: int = 2
+    slots: int = 5
+    pool: str = "global"
+    bits: int = 0
+    low_share: float = 0.3
+    serves: bool = True
+    depth: int = 2
+    tokens: int = 3
+    steps: int = 5
+
+
+class Chaotic(Policy):
+    """Names random victims, prefetches and services, as far as the ledger allows."""
+
+    name = "chaotic"
+    exact: ClassVar[bool] = False
+
+    def __init__(self, case: Case) -> None:
+        self.low_bits = case.bits or 4
+        self.low_share = case.low_share if case.bits else 0.0
+        self._serves, self._seed = case.serves, case.seed
+
+    def reset(self, context: Context) -> None:
+        self._context = context
+        self._random = random.Random(self._seed)
+        self._held: dict[int, None] = {}
+        self._fetched: set[int] = set()
+
+    def on_load(self, copy: int) -> None:
+        self._held[copy] = None
+
+    def on_evict(self, copy: int) -> None:
+        del self._held[copy]
+
+    def victims(self, incoming: int) -> Iterable[int]:
+        if incoming in self._fetched and self._random.random() < 0.2:
+            return ()
+        return self._random.sample(list(self._held), len(self._held))
+
+    def serve(self, routing: Routing, missed: Sequence[int]) -> dict[int, Service | Substitute]:
+        if not self._serves:
+            return {}
+        return {expert: self._service(expert) for expert in missed if self._random.random() < 0.6}
+
+    def _service(self, expert: int) -> Service | Substitute:
+        context, experts = self._context, self._context.experts
+        kinds: list[Service | Substitute] = [Service.LOAD, Service.SKIP, Service.CPU]
+        if context.low_slots:
+            kinds += [Service.LOW] * 4
+        alike = [e for e in self._held if e // experts == expert // experts]
+        if alike:
+            kinds += [Substitute(self._random.choice(alike)) for _ in range(3)]
+        return self._random.choice(kinds)
+
+    def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
+        return self._wanted()
+
+    def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
+        return self._wanted()
+
+    def _wanted(self) -> list[int]:
+        copies = self._context.total * (2 if self._context.low_slots else 1)
+        count = self._random.choice((0, 0, 1, 2, 5))
+        wanted = [self._random.randrange(copies) for _ in range(count)]
+        self._fetched = set(wanted)
+        return wanted
+
+
+class RacingLanes(Lanes):
+    """Two lanes that run whenever chance says so, as far as they wait for each other.
+
+    What the computing lane is given (:meth:`do`) runs later, as on a GPU. A copy has two
+    parts, between which its target is spoilt: whatever reads it then, or overwrites what is
+    still to be read, shows in the numbers.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.device = torch.device("cpu")
+        self._random = random.Random(seed)
+        #: How often the computing lane comes first where both could go on.
+        self._bias = self._random.choice((0.03, 0.5, 0.97))
+        self._computing: deque[tuple[Mark | None, Callable[[], None]]] = deque()
+        self._copying: deque[tuple[Mark | None, Callable[[], None]]] = deque()
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Append *work* to the computing lane."""
+        self._computing.append((None, work))
+
+    def mark(self) -> Mark:
+        return self._mark(self._computing)
+
+    def _mark(self, lane: deque[tuple[Mark | None, Callable[[], None]]]) -> Mark:
+        mark = Mark(False)
+        lane.append((None, lambda: setattr(mark, "event", True)))
+        return mark
+
+    def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+        begin = self._mark(self._copying)
+        self._copying.append((None, lambda: _spoil(target)))
+        self._copying.append((None, lambda: _copy(target, source)))
+        return begin, self._mark(self._copying)
+
+    def passed(self, mark: Mark) -> bool:
+        for _ in range(self._random.choice((0, 1, 5))):
+            self._go_on()
+        return bool(mark.event)
+
+    def compute_after(self, mark: Mark) -> None:
+        self._computing.append((mark, lambda: None))
+
+    def copy_after_compute(self) -> None:
+        self._copying.append((self.mark(), lambda: None))
+
+    def write(self, target: Tensor, at: int, value: int) -> None:
+        self.do(lambda: target.view(-1).__setitem__(at, value))
+
+    def read(self, mark: Mark) -> float:
+        return 0.0
+
+    def finish(self) -> None:
+        while self._go_on():
+            pass
+
+    def _go_on(self) -> bool:
+        """One more piece of work in either lane; whether there was any."""
+        ready = [lane for lane in (self._computing, self._copying) if lane and _ready(lane[0][0])]
+        if not ready:
+            assert not self._computing
+            assert not self._copying, "the lanes wait for each other"
+            return False
+        lane = ready[0] if len(ready) == 1 or self._random.random() < self._bias else ready[1]
+        lane.popleft()[1]()
+        return True
+
+
+def _ready(mark: Mark | None) -> bool:
+    return mark is None or bool(mark.event)
+
+
+def _spoil(target: Tensor) -> None:
+    target.fill_(SPOILT)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
+
+
+@lru_cache(maxsize=8)
+def store_of(layers: int, experts: int, bits: int, device: str = "cpu") -> HostStore:
+    """A store of random float32 experts, pinned beside a GPU, with low copies if *bits*."""
+    module = experts_module("concatenated", torch.float32, HIDDEN, INTERMEDIATE, experts)
+    store = HostStore(layers, experts, ExpertLayout.of(module), pin=device == "cuda")
+    draw = torch.Generator().manual_seed(layers * 100 + experts)
+    for layer in range(layers):
+        for id in range(experts):
+            parts = {
+                part.name: torch.randn(part.shape, generator=draw) / 3
+                for part in store.layout.parts
+            }
+            store.put((layer, id, parts))
+    if bits:
+        store.add_low(LowLayout(store.layout, bits), torch.device(device))
+    return store
+
+
+class Truth:
+    """What experts compute, from the store's weights, with nothing of the code under test."""
+
+    def __init__(self, store: HostStore) -> None:
+        layout = store.layout
+        full = torch.stack([e[: layout.size_bytes].view(torch.float32) for e in store.full])
+        flat = full.double()
+        if store.low_layout is not None:
+            low = torch.stack(list(store.low))
+            flat = torch.cat([flat, dequantise(low, store.low_layout, torch.float64)])
+        edge = layout.part("down_proj").first
+        self._first = flat[:, :edge].view(-1, 2 * INTERMEDIATE, HIDDEN)
+        self._second = flat[:, edge:].view(-1, HIDDEN, INTERMEDIATE)
+        self._total, self._experts = len(store), store.experts
+
+    def output(
+        self,
+        routing: Routing,
+        served: Mapping[int, Service | Substitute],
+        inputs: Sequence[Tensor],
+    ) -> Tensor:
+        """The sum float64 [T, H] of an event's experts, each as it is *served*."""
+        hidden, index, weights = (tensor.cpu() for tensor in inputs)
+        top_k = index.shape[1]
+        rows, shares = [], weights.double().reshape(-1).clone()
+        for pair, id in enumerate(index.reshape(-1).tolist()):
+            expert = routing.layer * self._experts + id
+            service = served.get(expert, Service.LOAD)
+            if isinstance(service, Substitute):
+                expert = service.expert
+            elif service is Service.LOW:
+                expert += self._total
+            elif service is Service.SKIP:
+                shares[pair] = 0.0
+            rows.append(expert)
+        states = hidden.double().repeat_interleave(top_k, dim=0).unsqueeze(2)
+        gate, up = (self._first[rows] @ states).chunk(2, dim=1)
+        out = (self._second[rows] @ (F.silu(gate) * up)).squeeze(2) * shares.unsqueeze(1)
+        return out.view(len(hidden), top_k, -1).sum(dim=1)
+
+
+class Driver:
+    """Runs the events of a :class:`Case` through an engine on *lanes*.
+
+    *launch* takes each piece of work for the computing lane: it runs it at once, as torch
+    does, or later.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        lanes: Lanes,
+        launch: Callable[[Callable[[], None]], None] = lambda work: work(),
+    ) -> None:
+        self.case, self.lanes, self.launch = case, lanes, launch
+        device = lanes.device
+        store = store_of(case.layers, case.experts, case.bits, device.type)
+        low = store.low_layout
+        share = low.size_bytes / store.layout.size_bytes if low else 0.0
+        context = Context(case.layers, case.experts, case.top_k, case.slots, pool=case.pool)
+        self.planner = Planner(Chaotic(case), context, low_bytes_share=share)
+        cache = self.planner.cache
+        self.bank = SlotBank(
+            store.layout, cache.full_slots, device,
+            low_layout=low if cache.low_slots else None, low=cache.low_slots,
+        )  # fmt: skip
+        # A slot that nobody has filled must not be read either.
+        self.bank.full.fill_(SPOILT)
+        if self.bank.low is not None:
+            self.bank.low.fill_(SPOILT)
+        self.engine = Engine(self.planner, store, self.bank, lanes, case.depth)
+        module = experts_module("concatenated", torch.float32, HIDDEN, INTERMEDIATE, case.experts)
+        gates: Any = [SimpleNamespace(experts=module, top_k=case.top_k)]
+        self.maths = Fused(self.engine, gates)
+        self.cpu = CpuExperts(store, gates)
+        self.truth = Truth(store)
+        self.random = random.Random(case.seed + 1)
+        self.draw = torch.Generator().manual_seed(case.seed)
+        self.events = self.waves = self.late = 0
+        self.served: set[str] = set()
+        self.demand_bytes = 0
+        self._checks: list[tuple[str, Tensor, Tensor]] = []
+
+    def run(self) -> None:
+        """Every step of the case; then every output is compared."""
+        for number in range(self.case.steps):
+            self._step(number)
+        self.lanes.finish()
+        self.check()
+        assert self.engine.copier.demand_bytes == self.demand_bytes
+
+    def check(self) -> None:
+        """Compare what was computed since the last check; the lanes must have finished."""
+        for name, found, expected in self._checks:
+            found = found.double().cpu()
+            assert not found.isnan().any(), f"{name}: computed from a slot that was being written"
+            worst = float((found - expected).abs().max())
+            scale = 1.0 + float(expected.abs().max())
+            assert worst < 1e-4 * scale, f"{name}: off by {worst:g}"
+        self._checks.clear()
+
+    def _step(self, number: int) -> None:
+        case = self.case
+        prefill = self.random.random() < 0.3
+        size = self.random.randint(1, case.tokens) * (self.random.randint(1, 5) if prefill else 1)
+        step = Step(number, PREFILL if prefill else DECODE, size)
+        self.engine.begin(step)
+        for layer in range(case.layers):
+            self._event(step, layer, size)
+        self.engine.end()
+
+    def inputs(self, layer: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random hidden states, experts and weights of *size* tokens on the device."""
+        case, device = self.case, self.lanes.device
+        hidden = torch.randn(size, HIDDEN, generator=self.draw)
+        scores = torch.rand(size, case.experts, generator=self.draw)
+        index = scores.topk(case.top_k, dim=1).indices
+        weights = torch.rand(size, case.top_k, generator=self.draw)
+        return hidden.to(device), index.to(device), weights.to(device)
+
+    def _event(self, step: Step, layer: int, size: int) -> None:
+        engine, case = self.engine, self.case
+        inputs = self.inputs(layer, size)
+        self._await_gate()
+        chosen = torch.unique(inputs[1]).tolist()
+        routing = Routing(step, layer, [layer * case.experts + e for e in chosen], engine.events)
+        plan, late = engine.decide(routing)
+        self._note(plan, late)
+        found = self.compute(routing, plan, late, inputs)
+        engine.after(plan, late)
+        name = f"{case}, event {routing.event}, {plan.served or 'all loaded'}"
+        self._checks.append((name, found, self.truth.output(routing, plan.served or {}, inputs)))
+
+    def _await_gate(self) -> None:
+        """Read a gate as the hook does: the computing lane has done all that came before."""
+        mark = self.lanes.mark()
+        while not self.lanes.passed(mark):
+            if self.engine.copier.pending:
+                self.engine.copier.poll()
+
+    def _note(self, plan: Plan, late: Sequence[int]) -> None:
+        assert len(set(late)) == len(late), "a late copy is computed twice"
+        self.events += 1
+        self.late += len(late)
+        self.waves += max(0, len(plan.waves) - 1)
+        for service in (plan.served or {}).values():
+            kind = "substitute" if isinstance(service, Substitute) else service.value
+            self.served.add(kind)
+        for wave in plan.waves:
+            self.demand_bytes += sum(map(self.engine.copier.size_of, wave))
+
+    def compute(
+        self, routing: Routing, plan: Plan, late: Sequence[int], inputs: tuple[Tensor, ...]
+    ) -> Tensor:
+        """The event's output float32 [T, H], by one of the ways in which the runtime does it."""
+        engine = self.engine
+        hidden, index, weights = inputs
+        table = engine.table.slots[routing.layer]
+        out = torch.zeros_like(hidden)
+        kernels = self.maths.kernels
+
+        def group(only: int) -> None:
+            self.launch(
+                lambda: kernels.run(
+                    hidden, index, weights, table, out, only=only, accumulate=True
+                )
+            )
+
+        def on_cpu(experts: Sequence[int]) -> None:
+            self.launch(lambda: out.add_(self.cpu.rows(routing.layer, experts, *inputs)) and None)
+
+        if engine.whole(plan) and self.random.random() < 0.5:
+            engine.at_once(plan, late)
+            group(-1)
+            return out
+        engine.in_groups(routing, plan, late, group, on_cpu)
+        if self.random.random() < 0.5:
+            # As before a captured graph, which must find nothing left to compute.
+            engine.hide(routing)
+            group(-1)
+        return out
+
+
+def cases(count: int, seed: int = 0) -> Iterator[Case]:
+    """*count* cases of all kinds, the same for the same *seed*."""
+    draw = random.Random(seed)
+    for number in range(count):
+        layers, experts = draw.randint(1, 4), draw.randint(2, 8)
+        top_k = draw.randint(1, min(3, experts))
+        pool = draw.choice(("global", "global", "layer"))
+        least = top_k * (layers if pool == "layer" else 1)
+        yield Case(
+            seed=seed * 100_000 + number,
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            slots=draw.randint(least, layers * experts),
+            pool=pool,
+            bits=draw.choice((0, 4, 8)),
+            low_share=draw.choice((0.2, 0.5)),
+            serves=draw.random() < 0.7,
+            depth=draw.randint(1, 4),
+        )
