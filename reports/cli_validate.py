@@ -29,17 +29,8 @@ BUDGETS = ("25%", "50%")
 
 SCHEMA = "simctl.validation/1"
 
-#: Options that shape what runs, with the value that means "not given": live runs take none.
-REPLAY_ONLY = {
-    "sizes": None,
-    "forecaster": None,
-    "train": None,
-    "compute": None,
-    "scheduler": "none",
-    "pool": "global",
-    "depth": 2,
-    "seed": 0,
-}
+#: Options that only a replay can follow, with the value that means "not given".
+REPLAY_ONLY = {"sizes": None, "scheduler": "none"}
 
 _OPTIONS = (
     click.option("--trace", metavar="FILE", help="Replay: the routing trace (parquet)."),

@@ -134,6 +134,7 @@ class Engine:
         for wave in waves[1:]:
             # The slots of this wave are still being read by the one before.
             self.lanes.copy_after_compute()
+            self._return_borrowed()
             self._demand(wave)
             self._compute_landing([move.copy for move in wave], 0, compute)
         on_cpu = [e for e, s in (plan.served or {}).items() if s is Service.CPU]
@@ -213,6 +214,11 @@ class Engine:
         self.table.set(expert, slot)
         self._borrowed.append(expert)
 
+    def _return_borrowed(self) -> None:
+        """What was read from another's slot is computed: that slot may now take a new copy."""
+        for expert in self._borrowed:
+            self.table.set(expert, ABSENT)
+
     def _used(self, routing: Routing, plan: Plan) -> list[int]:
         """The copies that an event reads on the device, other than those it loads."""
         missed = set(plan.missed)
@@ -230,4 +236,5 @@ class Engine:
                     used.append(copy)
                     self._borrow(expert, slot_of[copy])
         loading = {move.copy for wave in plan.waves for move in wave}
-        return [copy for copy in used if copy not in loading]
+        # Once each: several experts may have the same substitute.
+        return [copy for copy in dict.fromkeys(used) if copy not in loading]

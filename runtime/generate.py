@@ -163,12 +163,15 @@ class Offloaded:
         cache = self.cache(len(ids), length)
         if cache is not None:
             options["past_key_values"] = cache
-        found: Tensor = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            generation_config=config,
-            **options,
-        )
+        model = self.model
+        # As an argument, what it leaves open would be filled in from the model's own.
+        usual, model.generation_config = model.generation_config, config
+        try:
+            found: Tensor = model.generate(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **options
+            )
+        finally:
+            model.generation_config = usual
         return found
 
     def write_trace(self, out: Path, source: str, extra: dict[str, Any]) -> None:
@@ -232,7 +235,7 @@ def generation_config(
 
     Without *stop* its end tokens are not heeded.
     """
-    config = copy.deepcopy(model.generation_config)
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
     drawn = sampling.temperature > 0
     config.do_sample = drawn
     config.num_beams = 1
@@ -289,11 +292,11 @@ def encode(tokenizer: Any, texts: Sequence[str], *, chat: bool = False) -> list[
 class Streamer(TextStreamer):
     """Hands on finished words of one sequence as they come, and notes when tokens came.
 
-    *write* is called with text, *note* after every token.
+    *write* is called with text, and after every token *note* with the times of all so far.
     """
 
     def __init__(
-        self, tokenizer: Any, write: Callable[[str], None], note: Callable[[], None]
+        self, tokenizer: Any, write: Callable[[str], None], note: Callable[[Sequence[float]], None]
     ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write, self._note = write, note
@@ -305,10 +308,10 @@ class Streamer(TextStreamer):
     def put(self, value: Tensor) -> None:
         """Take the prompt, then each token."""
         prompt, self._prompted = not self._prompted, True
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
         if not prompt:
             self.times_s.append(time.monotonic())
-            self._note()
+            self._note(self.times_s)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Take text that no further token changes."""
@@ -359,7 +362,7 @@ def write_on(
     sampling: Sampling,
     max_new_tokens: int,
     write: Callable[[str], None],
-    note: Callable[[], None],
+    note: Callable[[Sequence[float]], None],
 ) -> Iterator[Written]:
     """Continue *prompts* (text, token ids) one after the other; ``fitting`` guards the device."""
     config = generation_config(opened.model, sampling, max_new_tokens)

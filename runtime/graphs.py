@@ -18,6 +18,7 @@ from torch import Tensor
 from policies.base import Policy
 from runtime.hook import Hook, HostAnswer
 from runtime.maths import Fused, Inputs
+from runtime.window import make_capturable
 
 #: Chains kept at a time; one is needed for each batch size and cache.
 MOST_CHAINS = 16
@@ -90,7 +91,9 @@ class DecodeGraphs:
             self._stream = cuda.Stream(self._hook.engine.lanes.device)
         if len(self._chains) >= MOST_CHAINS:
             self._chains.pop(next(iter(self._chains)))
-        counters = _Counters(kwargs.get("past_key_values"))
+        cache = kwargs["past_key_values"]
+        make_capturable(cache)
+        counters = _Counters(cache)
         try:
             chain = Chain(self._hook, self._forward, kwargs, self._stream)
         except torch.OutOfMemoryError:
@@ -106,7 +109,7 @@ class DecodeGraphs:
             )
             return None
         self._chains[key] = chain
-        weakref.finalize(kwargs["past_key_values"], _forget, weakref.ref(self), key[0])
+        weakref.finalize(cache, _forget, weakref.ref(self), key[0])
         return chain
 
 

@@ -126,7 +126,7 @@ class CudaLanes(Lanes):
             cuda: Any = torch.cuda
             with cuda.stream(stream):
                 cuda._sleep(self.delay_cycles())
-        copy_to_device(target.data_ptr(), source.data_ptr(), source.numel(), self._copy_handle)
+        copy_to_device(target.data_ptr(), source.data_ptr(), source.nbytes, self._copy_handle)
         end = Mark(self._event())
         end.event.record(stream)
         return begin, end

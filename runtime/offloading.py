@@ -155,6 +155,8 @@ class _Builder:
         except BaseException:
             store.close()
             raise
+        if runner.graphs is not None and model.generation_config is not None:
+            _generate_over_static_cache(model.generation_config)
         model.expert_cache = ExpertCacheHandle(model, runner)
         return model
 
@@ -240,6 +242,14 @@ def _drop_experts(gates: Sequence[Gate]) -> None:
     for gate in gates:
         for name in [n for n, p in gate.experts.named_parameters(recurse=False) if p.dim() > 1]:
             delattr(gate.experts, name)
+
+
+def _generate_over_static_cache(config: Any) -> None:
+    """Let ``generate`` use what decode graphs need, unless the user has chosen another cache."""
+    if config.cache_implementation is None:
+        config.cache_implementation = "static"
+        # Compiling would trace through the hook.
+        config.disable_compile = True
 
 
 class ExpertCacheHandle:

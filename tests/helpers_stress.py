@@ -11,10 +11,11 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +32,7 @@ from runtime.quantise import dequantise
 from runtime.store import HostStore
 from tests.helpers_kernels import experts_module
 
-HIDDEN, INTERMEDIATE = 16, 8
+HIDDEN, INTERMEDIATE = 32, 24
 #: A byte that makes NaN of every number it is part of.
 SPOILT = 255
 
@@ -74,6 +75,9 @@ class Chaotic(Policy):
         self._random = random.Random(self._seed)
         self._held: dict[int, None] = {}
         self._fetched: set[int] = set()
+
+    def on_route(self, routing: Routing) -> None:
+        self._fetched = set()
 
     def on_load(self, copy: int) -> None:
         self._held[copy] = None
@@ -145,7 +149,7 @@ class RacingLanes(Lanes):
 
     def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
         begin = self._mark(self._copying)
-        self._copying.append((None, lambda: _spoil(target)))
+        self._copying.append((None, lambda: spoil(target)))
         self._copying.append((None, lambda: _copy(target, source)))
         return begin, self._mark(self._copying)
 
@@ -186,7 +190,8 @@ def _ready(mark: Mark | None) -> bool:
     return mark is None or bool(mark.event)
 
 
-def _spoil(target: Tensor) -> None:
+def spoil(target: Tensor) -> None:
+    """Make NaN of every number in *target*."""
     target.fill_(SPOILT)
 
 
@@ -194,7 +199,11 @@ def _copy(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
-@lru_cache(maxsize=8)
+def _add(target: Tensor, rows: Callable[[], Tensor]) -> None:
+    target.add_(rows())
+
+
+@cache
 def store_of(layers: int, experts: int, bits: int, device: str = "cpu") -> HostStore:
     """A store of random float32 experts, pinned beside a GPU, with low copies if *bits*."""
     module = experts_module("concatenated", torch.float32, HIDDEN, INTERMEDIATE, experts)
@@ -234,7 +243,7 @@ class Truth:
         inputs: Sequence[Tensor],
     ) -> Tensor:
         """The sum float64 [T, H] of an event's experts, each as it is *served*."""
-        hidden, index, weights = (tensor.cpu() for tensor in inputs)
+        hidden, index, weights = inputs
         top_k = index.shape[1]
         rows, shares = [], weights.double().reshape(-1).clone()
         for pair, id in enumerate(index.reshape(-1).tolist()):
@@ -318,29 +327,39 @@ class Driver:
         prefill = self.random.random() < 0.3
         size = self.random.randint(1, case.tokens) * (self.random.randint(1, 5) if prefill else 1)
         step = Step(number, PREFILL if prefill else DECODE, size)
+        step._experts = np.zeros((size, case.layers, case.top_k), dtype=np.int16)
         self.engine.begin(step)
         for layer in range(case.layers):
             self._event(step, layer, size)
         self.engine.end()
 
-    def inputs(self, layer: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random hidden states, experts and weights of *size* tokens on the device."""
-        case, device = self.case, self.lanes.device
+    def inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Random hidden states, experts and weights of *size* tokens, on the host."""
+        case = self.case
         hidden = torch.randn(size, HIDDEN, generator=self.draw)
         scores = torch.rand(size, case.experts, generator=self.draw)
         index = scores.topk(case.top_k, dim=1).indices
         weights = torch.rand(size, case.top_k, generator=self.draw)
-        return hidden.to(device), index.to(device), weights.to(device)
+        return hidden, index, weights
+
+    def _send(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """*inputs* on the device; nothing waits for them."""
+        device = self.lanes.device
+        if device.type == "cpu":
+            return tuple(inputs)
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in inputs)
 
     def _event(self, step: Step, layer: int, size: int) -> None:
         engine, case = self.engine, self.case
-        inputs = self.inputs(layer, size)
+        inputs = self.inputs(size)
+        sent = self._send(inputs)
         self._await_gate()
+        step._experts[:, layer] = inputs[1].numpy()  # type: ignore[index]
         chosen = torch.unique(inputs[1]).tolist()
         routing = Routing(step, layer, [layer * case.experts + e for e in chosen], engine.events)
         plan, late = engine.decide(routing)
         self._note(plan, late)
-        found = self.compute(routing, plan, late, inputs)
+        found = self.compute(routing, plan, late, sent)
         engine.after(plan, late)
         name = f"{case}, event {routing.event}, {plan.served or 'all loaded'}"
         self._checks.append((name, found, self.truth.output(routing, plan.served or {}, inputs)))
@@ -368,31 +387,36 @@ class Driver:
     ) -> Tensor:
         """The event's output float32 [T, H], by one of the ways in which the runtime does it."""
         engine = self.engine
-        hidden, index, weights = inputs
-        table = engine.table.slots[routing.layer]
-        out = torch.zeros_like(hidden)
-        kernels = self.maths.kernels
-
-        def group(only: int) -> None:
-            self.launch(
-                lambda: kernels.run(
-                    hidden, index, weights, table, out, only=only, accumulate=True
-                )
-            )
-
-        def on_cpu(experts: Sequence[int]) -> None:
-            self.launch(lambda: out.add_(self.cpu.rows(routing.layer, experts, *inputs)) and None)
-
         if engine.whole(plan) and self.random.random() < 0.5:
             engine.at_once(plan, late)
-            group(-1)
+            out = torch.zeros_like(inputs[0])
+            self._group(routing, inputs, out, -1)
             return out
-        engine.in_groups(routing, plan, late, group, on_cpu)
+        out = self.apart(routing, plan, late, inputs)
         if self.random.random() < 0.5:
             # As before a captured graph, which must find nothing left to compute.
             engine.hide(routing)
-            group(-1)
+            self._group(routing, inputs, out, -1)
         return out
+
+    def apart(
+        self, routing: Routing, plan: Plan, late: Sequence[int], inputs: tuple[Tensor, ...]
+    ) -> Tensor:
+        """The same computed group by group."""
+        out = torch.zeros_like(inputs[0])
+
+        def on_cpu(experts: Sequence[int]) -> None:
+            rows = partial(self.cpu.rows, routing.layer, experts, *inputs)
+            self.launch(lambda: _add(out, rows))
+
+        group = partial(self._group, routing, inputs, out)
+        self.engine.in_groups(routing, plan, late, group, on_cpu)
+        return out
+
+    def _group(self, routing: Routing, inputs: tuple[Tensor, ...], out: Tensor, only: int) -> None:
+        hidden, index, weights = inputs
+        run, table = self.maths.kernels.run, self.engine.table.slots[routing.layer]
+        self.launch(lambda: run(hidden, index, weights, table, out, only=only, accumulate=True))
 
 
 def cases(count: int, seed: int = 0) -> Iterator[Case]:

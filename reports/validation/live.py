@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +28,7 @@ from reports.validation.request import (
     timeline_name,
 )
 from reports.validation.surroundings import surroundings
+from runtime.cli import progress_bar
 from sim.session import Session
 from traces.errors import InputError
 
@@ -46,7 +47,8 @@ def live(
         for number, run in enumerate(request.runs, start=1):
             out = folder / f"cell-{number}.parquet"
             try:
-                yield _lived(request, run, bars, out, generate or _run_live())
+                spans = number == request.timeline_cell
+                yield _lived(_Live(request, bars, generate or _run_live(), out, spans), run)
             except FAILURES as error:
                 yield _live_failure(request, run, error)
 
@@ -69,44 +71,55 @@ def _trace_folder(keep: Path | None) -> Iterator[Path]:
         yield Path(name)
 
 
-def _lived(
-    request: Request,
-    run: Run,
-    bars: Bars,
-    out: Path,
-    generate: Callable[..., Any],
-) -> Done:
+@dataclass(frozen=True)
+class _Live:
+    """What one live cell is run with: *spans* if its timeline is wanted, *out* its trace."""
+
+    request: Request
+    bars: Bars
+    generate: Callable[..., Any]
+    out: Path
+    spans: bool
+
+
+def _lived(live: _Live, run: Run) -> Done:
     """One live cell: its real run comes first, because it writes the trace."""
-    batch, policy, budget = run
-    path, found, played, measured = generate(
+    request, (batch, policy, budget) = live.request, run
+    shared = ("hardware", "forecaster", "pool", "train", "depth", "seed")
+    logs = DecisionLog(keep=True), DecisionLog(keep=True)
+    path, found, played, measured = live.generate(
         request.model,
         prompts=list(request.prompts),
         policy=policy,
         budget=budget,
-        hardware=request.setup.hardware,
+        out=live.out,
+        spans=live.spans,
+        log=logs[1],
+        progress=progress_bar,
         batch=batch,
         max_new_tokens=request.cut.max_tokens or LIVE_TOKENS,
         device=request.device,
-        out=out,
+        compute=request.compute,
+        **{name: getattr(request.setup, name) for name in shared},
     )
     sim = Session(replace(request.setup, trace=str(path), batch=batch))
-    log = DecisionLog(keep=True)
+    budget_slots = Budget(slots=found.slots)
     expected, recording = sim.run(
-        policy, Budget(slots=found.slots), record=True, log=log,
-        watch=bars(sim, f"{policy} {budget_words(budget)} batch {batch}, simulated"),
+        policy, budget_slots, record=True, log=logs[0],
+        watch=live.bars(sim, f"{policy} {budget_words(budget)} batch {batch}, simulated"),
     )  # fmt: skip
     assert recording is not None
     costs = Costs(sim.profile, sim.model, POLICIES.build(policy).low_bits)
     about = about_run(request, sim, run, found.slots) | surroundings(found.world)
     about |= {
-        "trace": out.name if request.keep else "",
+        "trace": live.out.name if request.keep else "",
         "sequences": len(request.prompts),
     }
     recordings = {}
     if played is not None and played.spans:
-        shown = sim.run(policy, Budget(slots=found.slots), spans=True)[1]
+        shown = sim.run(policy, budget_slots, spans=True)[1]
         recordings = {timeline_name(expected): shown, timeline_name(found): played}
-    cell = compare(Pair(expected, found, recording, costs, measured, log), about)
+    cell = compare(Pair(expected, found, recording, costs, measured, *logs), about)
     results = [replace(result, trace=about["trace"] or "live") for result in (expected, found)]
     return Done(cell, results, {k: v for k, v in recordings.items() if v is not None})
 

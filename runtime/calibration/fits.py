@@ -146,10 +146,12 @@ def activation_passes(
 
 
 def read_efficiency(sizes_bytes: Sequence[float], seconds: Sequence[float], rate: float) -> Line:
-    """The line through times of reading; its ``beta`` becomes the share of *rate* reached."""
+    """The line through times of reading; its ``beta`` becomes the share of *rate* reached.
+
+    *rate* is that of a copy, which reads and writes: reading alone may be faster.
+    """
     found = line(sizes_bytes, seconds)
-    share = 1 / (found.beta * rate) if found.beta > 0 else 1.0
-    return found._replace(beta=min(share, 1.0))
+    return found._replace(beta=1 / (found.beta * rate) if found.beta > 0 else 1.0)
 
 
 def significant(value: float, digits: int = 4) -> float:

@@ -85,7 +85,7 @@ def measure_graphs(bench: Bench) -> Graphs:
 
 def _table_s(bench: Bench, changes: int = 4) -> float:
     """Host seconds to note and send *changes* of the table of experts."""
-    table = ExpertTable(4, 64, bench.device)
+    table = ExpertTable(4, 64, lanes_for(bench.device))
     turn = 0
 
     def update() -> None:

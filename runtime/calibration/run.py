@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from policies.hardware import ANY_FAMILY, HardwareProfile, load_profile
+from policies.hardware import ANY_FAMILY, FIGURES, HardwareProfile, load_profile
 from policies.registry import POLICIES
+from policies.tables import build, leaves
 from runtime.calibration import machine
 from runtime.calibration.bench import Bench
 from runtime.calibration.copies import SIZES, Copies, Table, measure_copies
@@ -120,7 +121,7 @@ def profile_values(bench: Bench, found: Measured) -> dict[str, Any]:
     }
     if found.workspace_bytes:
         gpu["workspace_bytes"] = found.workspace_bytes
-    return {
+    values = {
         "title": f"{name}, calibrated{'' if bench.cuda else ' with the CPU as the device'}",
         "kind": "measured",
         "measurement": machine.measurement(bench.device),
@@ -138,6 +139,15 @@ def profile_values(bench: Bench, found: Measured) -> dict[str, Any]:
         "expert_rows": [row._asdict() for row in found.experts.rows],
         "sources": _sources(bench, found),
     }
+    return values | {"sources": _of_figures(values)}
+
+
+def _of_figures(values: dict[str, Any]) -> dict[str, str]:
+    """The sources of what *values* do give: a figure that is at its default needs none."""
+    profile = build(HardwareProfile, {"name": "calibrated", **values}, "calibrate")
+    figures = [f"{path}." for path in leaves(profile, FIGURES)]
+    sources: dict[str, str] = values["sources"]
+    return {p: text for p, text in sources.items() if any(f.startswith(f"{p}.") for f in figures)}
 
 
 def _direction(table: Table) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from runtime.lanes import HostLanes, random_lag  # noqa: E402
-from tests.helpers_stress import SPOILT, Case, Driver, RacingLanes, cases  # noqa: E402
+from tests.helpers_stress import Case, Driver, RacingLanes, cases, spoil  # noqa: E402
 
 SETTINGS = settings(
     max_examples=150,
@@ -51,7 +51,7 @@ def racing(case: Case) -> Driver:
 @given(drawn(), st.integers(0, 30))
 def test_copies_that_land_late(case: Case, most: int) -> None:
     lag = random_lag(case.seed, most)
-    lanes = HostLanes(lag=lag, spoil=lambda target: target.fill_(SPOILT) and None)
+    lanes = HostLanes(lag=lag, spoil=spoil)
     Driver(case, lanes).run()
 
 
@@ -71,4 +71,4 @@ def test_the_cases_meet_everything() -> None:
     assert sum(driver.late for driver in drivers) > 50
     assert sum(driver.engine.copier.cancelled for driver in drivers) > 10
     services = set().union(*(driver.served for driver in drivers))
-    assert services == {"load", "low", "skip", "cpu", "substitute"} - {"load"}
+    assert services == {"low", "skip", "cpu", "substitute"}

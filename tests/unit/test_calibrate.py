@@ -149,7 +149,7 @@ def test_an_efficiency_is_the_slope_and_not_the_latency():
     found = fits.read_efficiency(sizes, [3e-6 + s / (0.8 * 4e12) for s in sizes], 4e12)
     assert found.beta == pytest.approx(0.8)
     assert found.alpha == pytest.approx(3e-6)
-    assert fits.read_efficiency(sizes, [s / 8e12 for s in sizes], 4e12).beta == 1.0
+    assert fits.read_efficiency(sizes, [s / 8e12 for s in sizes], 4e12).beta == pytest.approx(2.0)
 
 
 def test_a_cache_is_read_at_the_share_that_its_length_tells():
@@ -314,7 +314,7 @@ def test_the_kernels_that_graphs_need_can_be_timed_anywhere(bench):
     """On a CPU the figures mean nothing, but the measurements run."""
     for measure in (measure_fused, measure_dense):
         found = measure(bench, 1e10)
-        assert 0 < found.beta <= 1
+        assert found.beta > 0
         assert math.isfinite(found.residual)
     chain = measure_chain(bench)
     assert chain.layer_s > 0

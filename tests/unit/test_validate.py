@@ -196,7 +196,7 @@ def test_cells_of_before_are_judged_again(real, tmp_path):
         (("--trace", "absent.parquet", "--policy", "lru"), "no such file"),
         (("--from-cells", "absent.json"), "No such file"),
         (("--from-cells", "EMPTY"), "holds no cell"),
-        (("--model", "m", "--prompts", "p", "--policy", "lru", "--depth", "3"), "--depth: only"),
+        (("--model", "m", "--prompts", "p", "--policy", "lru", "--sizes", "t5"), "--sizes: only"),
         (("--model", "m", "--prompts", "p", "--policy", "lru"), "--model m: has no config.json"),
     ],
 )

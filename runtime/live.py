@@ -1,0 +1,253 @@
+"""Runs in the real world on a real checkpoint: it generates text, and its routing is a trace."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policies.budget import Budget
+from policies.costs import Costs
+from policies.decisions import DecisionLog
+from policies.hardware import load_profile
+from policies.outcome import result_of
+from policies.recording import Recording
+from policies.registry import POLICIES
+from policies.result import Result
+from policies.session import Setup, TraceSession, no_garbage_collection
+from runtime.capture import _left_padded
+from runtime.errors import OffloadError
+from runtime.generate import (
+    Offloaded,
+    Progress,
+    check_room,
+    encode,
+    generation_config,
+    no_progress,
+    open_offloaded,
+)
+from runtime.load import find_folder, fitting, load_tokenizer
+from runtime.measuring import Measured, RealWorld
+from runtime.sampling import Sampling
+from runtime.session import _forget_peaks, _host_peak_bytes, _peak_bytes
+from traces.errors import InputError
+
+#: Passes over one cache that warming up makes beyond the prompt.
+_WARM_PASSES = 8
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """How a checkpoint generates: as the options of :class:`runtime.offloading.Options`.
+
+    *batch* prompts run together; *max_new_tokens* are made greedily after each. One at a time
+    they stop at the model's end tokens; larger batches run on, so that no sequence leaves
+    before the others.
+    """
+
+    hardware: str = "h200-pcie5"
+    batch: int = 1
+    max_new_tokens: int = 64
+    device: str = "auto"
+    compute: str = "auto"
+    kernel: str = "generate"
+    dtype: str = "auto"
+    pageable: bool = False
+    forecaster: str | None = None
+    pool: str = "global"
+    train: str | None = None
+    depth: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    def setup(self, trace: Path) -> Setup:
+        """What a simulation of the recorded *trace* must be told to decide alike."""
+        return Setup(
+            str(trace),
+            batch=self.batch,
+            hardware=self.hardware,
+            forecaster=self.forecaster,
+            pool=self.pool,
+            train=self.train,
+            seed=self.seed,
+            depth=self.depth,
+        )
+
+    def options(self, budget: Budget, max_tokens: int) -> dict[str, Any]:
+        """The options with which the model is offloaded; *max_tokens* per sequence."""
+        names = (
+            "hardware", "batch", "device", "compute", "kernel", "forecaster", "pool", "train",
+            "depth", "seed",
+        )  # fmt: skip
+        chosen = {name: getattr(self, name) for name in names}
+        chosen |= {"slots": budget.slots, "cache": budget.cache, "gpu_memory": budget.gpu_memory}
+        return chosen | {"pin": not self.pageable, "max_tokens": max_tokens, "timed": True}
+
+
+def run_live(  # noqa: PLR0913
+    model: Path | str,
+    *,
+    prompts: Sequence[str],
+    policy: str,
+    budget: Budget,
+    out: Path,
+    spans: bool = False,
+    log: DecisionLog | None = None,
+    progress: Progress = no_progress,
+    **settings: Any,
+) -> tuple[Path, Result, Recording | None, Measured]:
+    """Let *model* continue *prompts* under *policy*; its routing becomes the trace *out*.
+
+    *settings* are those of :class:`LiveSettings`. Returns *out*, the result (world ``gpu`` or
+    ``cpu``), a recording if *spans* were asked for, and what was measured. *log* takes the
+    decisions: a simulation of *out* with :meth:`LiveSettings.setup` must make the same ones.
+    """
+    chosen = LiveSettings(**settings)
+    if "popularity" in POLICIES.build(policy).needs:
+        raise InputError(
+            f"policy {policy!r} knows beforehand how popular each expert is, expected one that "
+            "a live run and a simulation of what it recorded can both run"
+        )
+    if not prompts:
+        raise InputError("no prompts given, expected at least one")
+    folder = find_folder(model)
+    tokens = encode(load_tokenizer(folder), prompts)
+    longest = check_room(folder, [len(ids) for ids in tokens], chosen.max_new_tokens)
+    options = chosen.options(budget, longest)
+    with open_offloaded(
+        model, policy, dtype=chosen.dtype, record=True, progress=progress, **options
+    ) as opened:
+        run = _LiveRun(opened, chosen, tokens)
+        if log is not None:
+            opened.runner.engine.planner.log = log
+        with progress("generating", len(prompts)) as advance:
+            world, recording, memory = run.run(spans, advance)
+        words = f"routing of {opened.spec.name} on {len(prompts)} prompts, generated greedily"
+        notes = {"policy": policy, "max_new_tokens": chosen.max_new_tokens}
+        opened.write_trace(out, words, {**notes, "batch": chosen.batch})
+        session = TraceSession(chosen.setup(out))
+        result = result_of(session, world)
+    measured = world.measured()
+    measured.gpu_peak_bytes, measured.host_peak_bytes = memory, _host_peak_bytes()
+    measured.gpu_predicted_bytes = int(
+        sum(result.memory[name] for name in ("slots_bytes", "dense_bytes", "kv_bytes"))
+    )
+    return out, result, recording, measured
+
+
+class _LiveRun:
+    """Drives ``generate`` over the batches of prompts and times every forward pass.
+
+    A step lasts from its tokens on the device to the next ones on the host, as in a replay;
+    what ``generate`` does between two passes is not part of it.
+    """
+
+    def __init__(
+        self, opened: Offloaded, settings: LiveSettings, tokens: Sequence[Sequence[int]]
+    ) -> None:
+        self._opened, self._settings, self._tokens = opened, settings, tokens
+        self._longest = max(map(len, tokens))
+        self._length = self._longest + max(settings.max_new_tokens, _WARM_PASSES)
+        greedy = Sampling(temperature=0.0)
+        self._config = generation_config(
+            opened.model, greedy, settings.max_new_tokens, stop=settings.batch == 1
+        )
+
+    def run(
+        self, spans: bool, advance: Callable[[int], None]
+    ) -> tuple[RealWorld, Recording | None, int]:
+        """Generate; the finished world, the recording and the device's peak in bytes."""
+        opened = self._opened
+        engine, device = opened.runner.engine, opened.device
+        groups = [
+            self._tokens[at : at + self._settings.batch]
+            for at in range(0, len(self._tokens), self._settings.batch)
+        ]
+        recording = Recording(engine.planner.context, with_spans=True) if spans else None
+        kind = "gpu" if device.type == "cuda" else device.type
+        _forget_peaks(device)
+        with fitting(device), no_garbage_collection():
+            for size in sorted({len(group) for group in groups}, reverse=True):
+                self._warm_up(size)
+            world = RealWorld(engine, self._costs(), kind, recording)
+            with self._timing(world):
+                for group in groups:
+                    ids, mask = _left_padded(group, torch.device("cpu"))
+                    opened.generate(ids, mask, self._config, self._length)
+                    gc.collect()
+                    advance(len(group))
+            engine.lanes.finish()
+        return world, recording, _peak_bytes(device)
+
+    def _costs(self) -> Costs:
+        """What bytes weigh and copies cost, from the dimensions that the trace states too."""
+        policy = self._opened.runner.engine.planner.policy
+        return Costs(load_profile(self._settings.hardware), self._opened.spec, policy.low_bits)
+
+    @contextmanager
+    def _timing(self, world: RealWorld) -> Iterator[None]:
+        """Every forward pass of the model is a step of *world* inside the block."""
+        model, steps = self._opened.model, self._opened.steps
+        lanes, inner = world.engine.lanes, model.forward
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            lanes.finish()
+            begun = lanes.now()
+            output = inner(*args, **kwargs)
+            output.logits[:, -1].argmax(dim=-1).cpu()
+            step = steps.last if steps is not None else None
+            if step is None:
+                raise OffloadError("a forward pass made no step, expected one")
+            world.add(step, lanes.now() - begun)
+            return output
+
+        model.forward = forward
+        try:
+            yield
+        finally:
+            model.forward = inner
+
+    def _warm_up(self, size: int) -> None:
+        """Set up what is set up lazily, and capture decode graphs, for *size* sequences.
+
+        The experts are left out and nobody plans: neither slots nor decisions change.
+        """
+        opened = self._opened
+        runner, graphs = opened.runner, opened.runner.graphs
+        if graphs is None:
+            return
+        hook, model, inner, plain = runner.hook, opened.model, opened.model.forward, runner._forward
+
+        @functools.wraps(plain)
+        def forward(**kwargs: Any) -> Any:
+            hook.capturing = _no_experts
+            output = plain(**kwargs)
+            if kwargs["input_ids"].shape[1] == 1:
+                graphs.warm(kwargs)
+            return output
+
+        longest = max(self._longest, 2)
+        ids = torch.zeros(size, longest, dtype=torch.int64)
+        config = generation_config(model, Sampling(temperature=0.0), 2, stop=False)
+        model.forward = forward
+        try:
+            opened.generate(ids, torch.ones_like(ids), config, self._length)
+        finally:
+            model.forward, hook.capturing = inner, None
+
+
+def _no_experts(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Stands in for the experts while a model is warmed up."""
+    return torch.zeros_like(hidden)

@@ -1,0 +1,188 @@
+"""The randomised stress test on a GPU, as a script too, for compute-sanitizer.
+
+    python tests/gpu/stress.py --events 2000
+    compute-sanitizer --tool memcheck python tests/gpu/stress.py --events 200
+
+Every copy spoils its slot, dawdles and then lands; the computing lane dawdles as well. Decode
+events replay captured graphs or launch kernel by kernel. ``--device cpu`` runs the same on two
+pretended lanes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+from policies.planner import Plan
+from policies.routing import PREFILL, Routing
+from runtime.lanes import CudaLanes, Mark
+from tests.helpers_stress import Case, Driver, RacingLanes, cases, spoil
+
+#: GPU cycles that a copy or a piece of work may be held up: up to about 0.15 ms.
+CYCLES = (0, 0, 10_000, 60_000, 250_000)
+
+#: Decode steps of up to so many tokens replay a graph.
+CAPTURED = 3
+
+
+class SlowLanes(CudaLanes):
+    """CUDA's lanes with copies that spoil their target first and take their time."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        super().__init__(device)
+        draw = random.Random(seed)
+        self.delay_cycles = lambda: draw.choice(CYCLES)
+        self._draw = draw
+
+    def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+        with torch.cuda.stream(self._copies):
+            spoil(target)
+        return super().copy(target, source)
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Give *work* to the computing lane, behind a pause now and then."""
+        cycles = self._draw.choice(CYCLES)
+        if cycles:
+            cuda: Any = torch.cuda
+            cuda._sleep(cycles)
+        work()
+
+
+class _Captured:
+    """The experts of one layer as a graph that reads its inputs from fixed places."""
+
+    def __init__(self, driver: GraphDriver, inputs: Sequence[Tensor], table: Tensor) -> None:
+        self.inputs = [torch.empty_like(tensor) for tensor in inputs]
+        self.out = torch.zeros_like(inputs[0])
+        self.load(inputs)
+        kernels = driver.maths.kernels
+        # What is set up lazily must not be captured.
+        kernels.run(*self.inputs, table, self.out)
+        cuda: Any = torch.cuda
+        self.graph = cuda.CUDAGraph()
+        with cuda.graph(self.graph, capture_error_mode="thread_local"):
+            kernels.run(*self.inputs, table, self.out)
+
+    def load(self, inputs: Sequence[Tensor]) -> None:
+        """Put *inputs* where the graph reads them."""
+        for mine, tensor in zip(self.inputs, inputs, strict=True):
+            mine.copy_(tensor, non_blocking=True)
+
+
+class GraphDriver(Driver):
+    """Replays decode events as captured graphs, in the way of ``runtime.graphs``."""
+
+    def __init__(self, case: Case, lanes: SlowLanes) -> None:
+        super().__init__(case, lanes, lanes.launch)
+        self.replays = 0
+        self._graphs: dict[tuple[int, int], _Captured] = {}
+
+    def compute(
+        self, routing: Routing, plan: Plan, late: Sequence[int], inputs: tuple[Tensor, ...]
+    ) -> Tensor:
+        size = len(inputs[0])
+        if routing.step.phase == PREFILL or size > CAPTURED:
+            return super().compute(routing, plan, late, inputs)
+        engine = self.engine
+        table = engine.table.slots[routing.layer]
+        graph = self._graphs.get((routing.layer, size))
+        if graph is None:
+            graph = self._graphs[routing.layer, size] = _Captured(self, inputs, table)
+        graph.load(inputs)
+        if engine.whole(plan):
+            engine.at_once(plan, late)
+            extra = torch.zeros_like(inputs[0])
+        else:
+            extra = self.apart(routing, plan, late, inputs)
+            engine.hide(routing)
+        self.launch(graph.graph.replay)
+        self.replays += 1
+        return graph.out + extra
+
+
+@dataclass
+class Tally:
+    """What a stress run met."""
+
+    cases: int = 0
+    events: int = 0
+    waves: int = 0
+    late: int = 0
+    cancelled: int = 0
+    replays: int = 0
+    served: set[str] = field(default_factory=set)
+
+    def add(self, driver: Driver) -> None:
+        """Count what *driver* met."""
+        self.cases += 1
+        self.events += driver.events
+        self.waves += driver.waves
+        self.late += driver.late
+        self.cancelled += driver.engine.copier.cancelled
+        self.replays += getattr(driver, "replays", 0)
+        self.served |= driver.served
+
+
+def small_variety(seed: int) -> Iterator[Case]:
+    """Cases without end whose shapes are few: every shape costs kernels to be compiled."""
+    draw = random.Random(seed)
+    for case in cases(1_000_000, seed):
+        layers, experts, top_k = 3, 8, 2
+        least = top_k * (layers if case.pool == "layer" else 1)
+        slots = draw.randint(least, layers * experts)
+        yield replace(
+            case, layers=layers, experts=experts, top_k=top_k, slots=slots,
+            bits=draw.choice((0, 4)), steps=20,
+        )  # fmt: skip
+
+
+def stress(events: int, seed: int = 0, device: str = "cuda") -> Tally:
+    """Run at least *events* random events; AssertionError for the first wrong output."""
+    tally = Tally()
+    for case in small_variety(seed):
+        if tally.events >= events:
+            break
+        driver = _driver(case, device, graphs=tally.cases % 3 > 0)
+        driver.run()
+        tally.add(driver)
+    return tally
+
+
+def _driver(case: Case, device: str, graphs: bool) -> Driver:
+    if device == "cpu":
+        racing = RacingLanes(case.seed)
+        return Driver(case, racing, racing.do)
+    lanes = SlowLanes(torch.device(device), case.seed)
+    return GraphDriver(case, lanes) if graphs else Driver(case, lanes, lanes.launch)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--events", type=int, default=2000, help="least number of events")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    try:
+        tally = stress(options.events, options.seed, options.device)
+    except AssertionError as error:
+        print(f"FAILED: {error}")
+        return 1
+    print(f"passed in {time.perf_counter() - begun:.1f} s: {tally}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
