@@ -42,6 +42,10 @@ class Costs:
         self.least_event_s = min((host.event_s, *host.policy_event_s.values()))
         self.least_access_s = min((host.access_s, *host.policy_access_s.values()))
         self.copy_issue_s = host.copy_issue_s
+        #: Host seconds before the first copy of an event that misses something.
+        self.miss_s = host.miss_s
+        #: From a copy's end until a stream that waits for it goes on.
+        self.wake_s = profile.link.wake_s
         self.step_s = host.step_s
         self.graph = GraphCosts(profile, model, cache_tokens) if host.graph_launch_s else None
         self._experts: dict[int, float] = {}

@@ -88,6 +88,7 @@ class GraphCosts:
         self._read_rate = software.dense_efficiency * rate
         kept = _of_family(software.kv_efficiency, facts.family, software.dense_efficiency)
         self._kv_rate = kept * rate
+        self._position_s = _of_family(software.kv_token_s, facts.family, 0.0)
         in_layers = max(model.dense_params - facts.head_params - facts.idle_params, 0)
         self._layer_params = in_layers / model.layers
         #: The head, once a step.
@@ -103,6 +104,8 @@ class GraphCosts:
         kv_bytes = kv_tokens * model.kv_bytes_per_token / model.layers
         dense_bytes = self._layer_params * model.param_bytes
         read_s = dense_bytes / self._read_rate + kv_bytes / self._kv_rate
+        # Sequences are worked on beside each other: a position of all of them counts once.
+        read_s += self._position_s * (kv_tokens / tokens)
         flops = 2 * self._layer_params * tokens + 4 * model.hidden * kv_tokens
         return self.floor_s + max(read_s, flops / self.profile.gpu.bf16_flops_per_s)
 

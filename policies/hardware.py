@@ -84,10 +84,14 @@ class Direction:
 
 @dataclass(frozen=True)
 class Link:
-    """Host and GPU are joined by one engine each way; they do not slow each other down."""
+    """Host and GPU are joined by one engine each way; they do not slow each other down.
+
+    *wake_s* passes from the end of a copy until a stream that waits for it goes on.
+    """
 
     h2d: Direction
     d2h: Direction
+    wake_s: float = field(default=0.0, metadata={"least": 0})
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,9 @@ class Host:
     *graph_launch_s* is the time of one graph replay, until its first kernel may run; above 0,
     decode steps run as captured graphs, one from each gate to the next. *table_update_s* then
     is the launch that tells the graph where moved experts lie. Policy and planner may take
-    *access_s* more for each distinct expert of an event and *move_s* for each move. What a
-    table *policy_...* says of a policy takes the place of the figure for all.
+    *access_s* more for each distinct expert of an event and *move_s* for each move, and every
+    event that misses anything *miss_s* before the first of its copies is issued. What a table
+    *policy_...* says of a policy takes the place of the figure for all.
     """
 
     copy_issue_s: float
@@ -132,6 +137,7 @@ class Host:
     table_update_s: float = field(default=0.0, metadata={"least": 0})
     access_s: float = field(default=0.0, metadata={"least": 0})
     move_s: float = field(default=0.0, metadata={"least": 0})
+    miss_s: float = field(default=0.0, metadata={"least": 0})
     policy_event_s: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"least": 0}
     )
@@ -154,7 +160,9 @@ class Software:
     seconds of one layer for one token if its weights took no time to read (``any``: families
     not named); *dense_efficiency* is the share of the GPU's memory rate at which what is not
     an expert is read, *kv_efficiency*, by family, that of the key-value cache as a model
-    specification counts it: code that copies or expands it first has a small one.
+    specification counts it: code that copies or expands it first has a small one. Sequences
+    are read beside each other; what one takes for each position of its cache however many
+    there are is *kv_token_s*, by family.
     """
 
     name: str
@@ -166,6 +174,9 @@ class Software:
     )
     dense_efficiency: float = 1.0
     kv_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
+    kv_token_s: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"least": 0}
+    )
 
 
 @dataclass(frozen=True)
@@ -342,7 +353,7 @@ def _check(profile: HardwareProfile, where: str) -> None:
         raise InputError(
             f"{where}: host.graph_launch_s is given, expected software.layer_floor_s as well"
         )
-    for name in ("layer_floor_s", "kv_efficiency"):
+    for name in ("layer_floor_s", "kv_efficiency", "kv_token_s"):
         by_family = getattr(profile.software, name)
         if by_family and ANY_FAMILY not in by_family:
             raise InputError(f"{where}: key 'software.{name}.{ANY_FAMILY}' is missing")

@@ -51,13 +51,8 @@ class KeptSteps(LiveSteps):
         super().__init__(spec, ahead=ahead, keep=True)
         #: The step that ran last.
         self.last: Step | None = None
-        #: Which tokens of the next prompts are no padding, bool [B, S].
-        self.real: Any = None
 
     def begin(self, tokens: Ints, real: Any, fresh: bool) -> Step:
-        if fresh and self.real is not None and self.real.shape == tokens.shape:
-            # Over a cache of fixed size the model is not given the mask of its prompts.
-            real = None if bool(self.real.all()) else self.real
         self.last = super().begin(tokens, real, fresh)
         return self.last
 
@@ -101,7 +96,7 @@ class Offloaded:
     tokenizer: Any
     steps: KeptSteps | None = None
     load_s: float = 0.0
-    _caches: dict[int, Any] = field(default_factory=dict)
+    _caches: dict[int, tuple[int, Any]] = field(default_factory=dict)
 
     def __enter__(self) -> Offloaded:
         return self
@@ -134,10 +129,10 @@ class Offloaded:
         """
         if self.runner.graphs is None:
             return None
-        found = self._caches.get(batch)
-        if found is None or found.max_cache_len < length:
+        room, found = self._caches.get(batch, (0, None))
+        if room < length:
             found = StaticCache(config=self.model.config, max_cache_len=length)
-            self._caches[batch] = found
+            self._caches[batch] = length, found
         else:
             found.reset()
         # An emptied cache means new sequences, as a new one does.
@@ -158,8 +153,6 @@ class Offloaded:
         makes.
         """
         options = {"streamer": streamer} if streamer is not None else {}
-        if self.steps is not None:
-            self.steps.real = mask.bool().numpy()
         cache = self.cache(len(ids), length)
         if cache is not None:
             options["past_key_values"] = cache

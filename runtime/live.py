@@ -230,7 +230,7 @@ class _LiveRun:
             return
         hook, model, inner, plain = runner.hook, opened.model, opened.model.forward, runner._forward
 
-        @functools.wraps(plain)
+        @functools.wraps(inner)
         def forward(**kwargs: Any) -> Any:
             hook.capturing = _no_experts
             output = plain(**kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from policies.costs import Costs
 from policies.hardware import HardwareProfile, load_profile
 from policies.planner import Planner
 from policies.registry import FORECASTERS, POLICIES
+from policies.session import POOLS
 from policies.training import learn
 from runtime.bank import SlotBank
 from runtime.engine import Engine
@@ -31,6 +33,7 @@ from runtime.maths import Fused, Reference
 from runtime.runner import Runner
 from runtime.steps import LiveSteps
 from runtime.store import HostStore, experts_of
+from traces.errors import first_line
 from traces.model import ModelSpec
 from traces.store import open_trace
 
@@ -70,7 +73,7 @@ class Options:
     timed: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("compute", COMPUTE), ("kernel", KERNELS)):
+        for name, known in (("compute", COMPUTE), ("kernel", KERNELS), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise OffloadError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
@@ -89,7 +92,7 @@ def offload(model: Any, policy: str | Policy = "lru", **options: Any) -> Any:
     happened. Raises :class:`OffloadError` or another :class:`traces.errors.InputError` and
     frees what it took if the model, the machine or an option does not allow it.
     """
-    known = {field.name for field in dataclasses.fields(Options)}
+    known = [field.name for field in dataclasses.fields(Options)]
     for name in options:
         if name not in known:
             raise OffloadError(f"offload: unknown option {name!r}, expected {', '.join(known)}")
@@ -142,23 +145,41 @@ class _Builder:
         low = LowLayout(self.layout, self.policy.low_bits) if cache.low_slots else None
         pin = options.pin and self.device.type == "cuda"
         store = HostStore(self.spec.layers, self.spec.experts, self.layout, pin=pin)
+        bank: SlotBank | None = None
         try:
+            # Slots first: that they do not fit is to be known before the experts are read.
+            bank = SlotBank(
+                self.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
+            )
             store.fill(self.source())
             if low is not None:
                 store.add_low(low, self.device)
             _drop_experts(self.gates)
             model.to(self.device)
-            bank = SlotBank(
-                self.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
-            )
             runner = self._runner(planner, store, bank)
-        except BaseException:
-            store.close()
+        except BaseException as error:
+            self._undo(store, bank)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise OffloadError(
+                    f"out of memory on {self.device} for what is not experts, expected room "
+                    f"beside {cache.full_slots} slots; give fewer slots ({first_line(error)[:120]})"
+                ) from None
             raise
         if runner.graphs is not None and model.generation_config is not None:
             _generate_over_static_cache(model.generation_config)
         model.expert_cache = ExpertCacheHandle(model, runner)
         return model
+
+    def _undo(self, store: HostStore, bank: SlotBank | None) -> None:
+        """Give back what a failed attempt took, on the device too."""
+        store.close()
+        if bank is not None:
+            bank.free()
+        if self.device.type == "cuda":
+            # What is still on meta cannot be moved, and has taken nothing.
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                self.model.to("cpu")
+            torch.cuda.empty_cache()
 
     def _planner(self) -> Planner:
         options, spec = self.options, self.spec
@@ -197,7 +218,14 @@ class _Builder:
             memory = torch.cuda.get_device_properties(self.device).total_memory
             gpu = dataclasses.replace(profile.gpu, memory_bytes=memory)
             profile = dataclasses.replace(profile, gpu=gpu)
-        return budget.resolve(self.spec, profile, options.max_tokens * options.batch)
+        slots = budget.resolve(self.spec, profile, options.max_tokens * options.batch)
+        least = self.spec.layers * self.spec.top_k
+        if options.pool == "layer" and slots < least:
+            raise OffloadError(
+                f"pool is 'layer' with {slots} slots, expected at least {least}: "
+                f"top_k = {self.spec.top_k} for each of {self.spec.layers} layers"
+            )
+        return slots
 
     def _runner(self, planner: Planner, store: HostStore, bank: SlotBank) -> Runner:
         options = self.options

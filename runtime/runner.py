@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,21 +43,25 @@ class Runner:
 
     def __init__(self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool) -> None:
         self.hook, self.engine, self.steps = hook, hook.engine, steps
-        self._forward = model.forward
+        self._forward = _without_owner(model.forward)
         self.graphs = DecodeGraphs(hook, self._forward) if graphs else None
         self._demand: list[list[list[int]]] = []
-        self._seen: Any = None
+        #: The cache of the pass before, which is not to be kept alive.
+        self._seen: weakref.ref[Any] | None = None
         self._closed = ""
         self.tokens = 0
         # generate reads the signature to learn what it may pass.
-        model.forward = functools.wraps(self._forward)(partial(Runner.forward, self))
+        own = model.forward
+        self._names = list(inspect.signature(own).parameters)
+        model.forward = functools.wraps(own)(partial(Runner.forward, self))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass from the slots."""
         if self._closed:
             raise OffloadError(f"the offloaded model {self._closed}, expected an open one")
-        if args:
-            kwargs = {"input_ids": args[0], **kwargs}
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if not isinstance(kwargs.get("input_ids"), Tensor):
+            raise OffloadError("forward: no input_ids given, expected token ids [B, S]")
         try:
             return self._run(kwargs)
         except torch.OutOfMemoryError as error:
@@ -69,11 +75,9 @@ class Runner:
             raise
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
-        ids = kwargs.get("input_ids")
-        if not isinstance(ids, Tensor):
-            raise OffloadError("forward: no input_ids given, expected token ids [B, S]")
+        ids = kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
-        fresh = self._is_fresh(cache)
+        fresh = self._is_fresh(cache, ids.shape[1])
         step = self.steps.begin(ids.cpu().numpy(), _real_tokens(kwargs, ids, fresh), fresh)
         self.hook.step = step
         decoding = ids.shape[1] == 1 and not fresh
@@ -99,17 +103,21 @@ class Runner:
         self.tokens += step.size
         self.hook.step = None
 
-    def _is_fresh(self, cache: Any) -> bool:
-        """Whether a pass begins new sequences: no cache, an empty one, or one never seen."""
+    def _is_fresh(self, cache: Any, tokens: int) -> bool:
+        """Whether a pass of *tokens* per sequence begins new ones: its cache is empty.
+
+        A cache of the pass before with one more token goes on: to ask a static cache for its
+        length would wait for the device.
+        """
         if cache is None:
             self._seen = None
             return True
-        fresh = cache is not self._seen
-        self._seen = cache
-        if not fresh:
-            return False
-        length = cache.get_seq_length()
-        return int(length) == 0
+        if self._seen is not None and self._seen() is cache:
+            if tokens == 1:
+                return False
+        else:
+            self._seen = weakref.ref(cache)
+        return int(cache.get_seq_length()) == 0
 
     def stats(self) -> dict[str, Any]:
         """Counts and bytes so far; see :meth:`ExpertCacheHandle.stats`."""
@@ -173,13 +181,28 @@ class _Gone:
         raise OffloadError("the offloaded model was closed, expected an open one")
 
 
+def _without_owner(method: Callable[..., Any]) -> Callable[..., Any]:
+    """*method* bound to its object weakly: what holds it must not keep a model alive."""
+    function = getattr(method, "__func__", None)
+    if function is None:
+        return method
+    owner = weakref.ref(method.__self__)  # type: ignore[attr-defined]
+    return lambda *args, **kwargs: function(owner(), *args, **kwargs)
+
+
 def _real_tokens(kwargs: dict[str, Any], ids: Tensor, fresh: bool) -> Any:
     """Which of *ids* [B, S] are not padding on the left, bool; None if none is.
 
     Masked tokens further on stay: transformers reads the logits of the last one, masked or not.
     """
     mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not fresh:
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or not fresh:
         return None
+    if mask.dim() == 4:
+        # Made by generate for a static cache: padding may not even look at itself.
+        own = mask[:, 0].diagonal(dim1=1, dim2=2)
+        mask = own if own.dtype == torch.bool else own == 0
     real = np.maximum.accumulate(mask[:, -ids.shape[1] :].bool().cpu().numpy(), axis=1)
     return None if bool(np.all(real)) else real

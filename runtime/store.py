@@ -173,7 +173,9 @@ class HostStore:
 
     def close(self) -> None:
         """Free all blocks."""
-        self.full, self.low, self._views = [], [], []
+        # Emptied, not replaced: the link holds on to these lists.
+        for views in (self.full, self.low, self._views):
+            views.clear()
         for block in self._blocks:
             block.close()
         self._blocks.clear()

@@ -2,8 +2,9 @@
 
 The chain from gate to gate is serial: the host reads the gate's answer, plans, issues the
 missed copies, tells the graph where experts lie, and replays it; the GPU begins when it is
-launched and the last copy that the event demands has landed, computes all experts together,
-and goes on with the next layer up to its gate. Meanwhile the host issues prefetches.
+launched and has noticed that the last copy which the event demands has landed, computes all
+experts together, and goes on with the next layer up to its gate. Meanwhile the host issues
+prefetches.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class GraphSteps:
         launched = now = host + update_s + self._graph.launch_s
         world.host_s += launched - gate
         for move in awaited:
-            if move.land_s > now:
+            if world.ready_s(move) > now:
                 now = world.stall(move, now)
         self._compute(launched, now, work)
 

@@ -59,6 +59,7 @@ class World:
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
         self.move_s = costs.move_s(planner.policy.name)
+        self._wake_s = costs.wake_s
         self._graphs = GraphSteps(self, costs.graph) if costs.graph is not None else None
         self.host_free_s = self.gpu_free_s = self.cpu_free_s = 0.0
         self.bound_host_s = self.bound_gpu_s = 0.0
@@ -210,7 +211,8 @@ class World:
         """When the host has planned an event whose gate's answer it has had since *decide*."""
         moves = sum(map(len, plan.waves)) + len(plan.prefetch)
         thinking = self.event_s + self.access_s * len(routing.experts)
-        return decide + thinking + self.move_s * moves
+        placing = self.move_s * moves + (self.costs.miss_s if plan.waves else 0.0)
+        return decide + thinking + placing
 
     def await_cpu(self, now: float) -> float:
         """The GPU, free at *now*, waits for experts on the CPU; returns when it goes on."""
@@ -283,7 +285,7 @@ class World:
         worked = ready
         least = self.costs.least_alone_s
         for move, seconds in arriving:
-            if move.land_s > now:
+            if self.ready_s(move) > now:
                 now = self.stall(move, now)
             if seconds < least:
                 seconds = least
@@ -294,16 +296,21 @@ class World:
         self.experts_s += worked
         return now
 
+    def ready_s(self, move: Move) -> float:
+        """When a stream that waits for *move*, which has been issued, goes on."""
+        return move.land_s + self._wake_s
+
     def stall(self, move: Move, now: float) -> float:
-        """The GPU, free at *now*, waits for *move*; returns when it has landed."""
-        wait = move.land_s - now
+        """The GPU, free at *now*, waits for *move*; returns when it goes on."""
+        ready = self.ready_s(move)
+        wait = ready - now
         if self.observer is not None:
-            self.observer.on_copy("GPU", "stall", move.copy, now, move.land_s)
+            self.observer.on_copy("GPU", "stall", move.copy, now, ready)
         if move.demand:
             self.stall_demand_s += wait
         else:
             self.stall_late_s += wait
-        return move.land_s
+        return ready
 
     def served(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
@@ -21,9 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from policies.base import Context, Forecast, Policy, Service, Substitute
+from policies.moves import Move
 from policies.planner import Plan, Planner
 from policies.routing import DECODE, PREFILL, Routing, Step
-from runtime.bank import SlotBank
+from runtime.bank import ExpertTable, SlotBank
+from runtime.copier import Copier
 from runtime.engine import Engine
 from runtime.lanes import Lanes, Mark
 from runtime.layout import ExpertLayout, LowLayout
@@ -306,9 +309,12 @@ class Driver:
 
     def run(self) -> None:
         """Every step of the case; then every output is compared."""
-        for number in range(self.case.steps):
-            self._step(number)
-        self.lanes.finish()
+        try:
+            for number in range(self.case.steps):
+                self._step(number)
+        finally:
+            # What is on its way writes to slots that are about to be freed.
+            self.lanes.finish()
         self.check()
         assert self.engine.copier.demand_bytes == self.demand_bytes
 
@@ -439,3 +445,43 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
             serves=draw.random() < 0.7,
             depth=draw.randint(1, 4),
         )
+
+
+def _keeps_victims(self: Engine, moves: Sequence[Move]) -> None:
+    """``Engine._place`` without its note that a victim is absent."""
+    for move in moves:
+        self._slot.pop(move.victim, None)
+        self._slot[move.copy] = move.slot
+        if move.copy < self._total:
+            self.table.set(move.copy, move.slot)
+        elif move.demand:
+            self._borrow(move.copy - self._total, move.slot)
+
+
+def _nothing(self: Any, *arguments: Any) -> None:
+    """Leaves out a piece of the runtime."""
+
+
+#: Pieces that the runtime cannot do without -> what takes their place.
+FAULTS: dict[str, Any] = {
+    "Copier.wait": (Copier, "wait", _nothing),
+    "Copier._drop": (Copier, "_drop", _nothing),
+    "copy_after_compute": (Lanes, "copy_after_compute", _nothing),
+    "absent victims": (Engine, "_place", _keeps_victims),
+    "return of what is borrowed": (Engine, "_return_borrowed", _nothing),
+    "hide": (Engine, "hide", _nothing),
+    "flush": (ExpertTable, "flush", _nothing),
+}
+
+
+@contextmanager
+def broken(fault: str, lanes: type[Lanes]) -> Iterator[None]:
+    """The runtime without one of :data:`FAULTS`, on lanes of a kind."""
+    owner, name, instead = FAULTS[fault]
+    owner = lanes if owner is Lanes else owner
+    whole = getattr(owner, name)
+    setattr(owner, name, instead)
+    try:
+        yield
+    finally:
+        setattr(owner, name, whole)

@@ -28,6 +28,7 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
         graph_launch_s=6.1e-6,
         table_update_s=4.3e-6,
         move_s=2.7e-6,
+        miss_s=8.3e-6,
         access_s=1.3e-6,
         policy_access_s={"lru": 7e-7, "predictive": 2.1e-6},
         policy_event_s={"lru": 1.1e-5, "predictive": 4.7e-5},
@@ -37,8 +38,9 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
     software = replace(
         profile.software, layer_floor_s=floors, dense_efficiency=0.8, kv_efficiency={"any": 0.3}
     )
+    link = replace(profile.link, wake_s=5.9e-6)
     expert = replace(profile.expert, fused_efficiency=0.7)
-    return replace(profile, host=host, software=software, expert=expert)
+    return replace(profile, host=host, link=link, software=software, expert=expert)
 
 
 class Transfer:
@@ -48,6 +50,8 @@ class Transfer:
         self.machine = machine
         self.move = move
         self.landed = machine.env.event()
+        #: A stream that waits for it has noticed.
+        self.noticed = machine.env.event()
         self.issued = False
         self.urgent = urgent
         self.process = machine.env.process(self.cross())
@@ -75,6 +79,8 @@ class Transfer:
             yield machine.env.timeout(copy_s(machine.costs.full_bytes))
         machine.places.release(request)
         self.landed.succeed()
+        yield machine.env.timeout(machine.costs.wake_s)
+        self.noticed.succeed()
 
 
 class Machine:
@@ -166,13 +172,17 @@ class Machine:
         waiting = self.late_ones(routing, plan)
         moves = sum(map(len, plan.waves)) + len(plan.prefetch)
         accesses = self.access_s * len(routing.experts)
-        yield self.env.timeout(self.event_s + accesses + self.move_s * moves)
+        yield self.env.timeout(self.event_s + accesses + self.move_s * moves + self.placing(plan))
         for wave in plan.waves:
             waiting += yield from self.submit(wave, urgent=True)
         if update:
             yield self.env.timeout(graph.table_update_s)
         yield self.env.timeout(graph.launch_s)
-        return [transfer.landed for transfer in waiting]
+        return [transfer.noticed for transfer in waiting]
+
+    def placing(self, plan: Plan) -> float:
+        """What an event that misses something takes before its first copy."""
+        return self.costs.miss_s if plan.waves else 0.0
 
     def after(self, before: simpy.Event, seconds: float) -> Flow:
         yield before
@@ -212,13 +222,13 @@ class Machine:
         held = [e for e in seconds if e not in missed and not self.flies(e)]
         moves = sum(map(len, plan.waves)) + len(plan.prefetch)
         accesses = self.access_s * len(routing.experts)
-        yield self.env.timeout(self.event_s + accesses + self.move_s * moves)
+        yield self.env.timeout(self.event_s + accesses + self.move_s * moves + self.placing(plan))
         least, launches = self.costs.group_s[len(held)]
         ready = max(sum(seconds[e] for e in held), least)
         for number, wave in enumerate(plan.waves or [()]):
             start = self.env.now
             transfers = waiting + (yield from self.submit(wave, urgent=True))
-            work = {t.landed: seconds[t.move.copy] for t in transfers}
+            work = {t.noticed: seconds[t.move.copy] for t in transfers}
             computed = self.env.process(self.compute(start, ready, work))
             launches += self.costs.issue_alone_s * len(transfers)
             yield self.env.timeout(launches)

@@ -117,7 +117,30 @@ class PolicyLangRunner(Runner):
 
 
 class OursRunner(Runner):
-    """This project's runtime."""
+    """This project's runtime, over a static cache, as ``simctl generate`` runs it on a GPU."""
+
+    def __init__(self, model: Any, tokens: int) -> None:
+        library: Any = importlib.import_module("transformers")
+        super().__init__(model)
+        self._cache = library.StaticCache(config=model.config, max_cache_len=tokens)
+        self._length = 0
+
+    def restart(self) -> None:
+        self._cache.reset()
+        self._length = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        begin, self._length = self._length, self._length + ids.shape[1]
+        places = torch.arange(begin, self._length, device=ids.device).unsqueeze(0)
+        output = self._model(
+            input_ids=ids,
+            position_ids=places,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
     def counts(self) -> dict[str, Any]:
         """Its own statistics, and ``missed`` out of them."""
@@ -175,7 +198,8 @@ def _ours(system: System, task: Task) -> Runner:
     told: dict[str, Any] = {} if task.compute is None else {"compute": task.compute}
     offload: Any = importlib.import_module("runtime").offload
     slots = system.slots(task.shape)
-    return OursRunner(offload(model, policy=system.choice, slots=slots, device=task.device, **told))
+    model = offload(model, policy=system.choice, slots=slots, device=task.device, **told)
+    return OursRunner(model, task.prompt_tokens + max(task.decode_tokens, task.warmup_tokens))
 
 
 _SETUPS: dict[str, Callable[[System, Task], Runner]] = {

@@ -118,6 +118,8 @@ def reference(task: Task) -> tuple[dict[str, Any], Tensor]:
 
 def work(task: Task, logits_file: Path) -> dict[str, Any]:
     """Run *task*; whatever fails becomes a status and a reason of one line."""
+    # For a cache that grows with every token, cuDNN would build a new plan for every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if task.device == "cuda" and not torch.cuda.is_available():
         return {"status": "no device", "reason": "PyTorch sees no CUDA device"}
     try:

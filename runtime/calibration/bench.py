@@ -52,21 +52,26 @@ class Bench:
         settled()
         return statistics.median(settled() for _ in range(repeats))
 
-    def device_s(self, work: Work, repeats: int = 10, *, held: bool = False) -> float:
+    def device_s(
+        self, work: Work, repeats: int = 10, *, held: bool = False, first: Work | None = None
+    ) -> float:
         """Median device seconds of *work*.
 
-        *held* queues it all up before it starts, so that the host's issuing does not count.
+        *held* queues it all up before it starts, so that the host's issuing does not count;
+        *first* runs before each, untimed.
         """
         if not self.cuda:
             return median_s(work, repeats)
         work()
-        return statistics.median(self._between_events(work, held) for _ in range(repeats))
+        return statistics.median(self._between_events(work, held, first) for _ in range(repeats))
 
-    def _between_events(self, work: Work, held: bool) -> float:
+    def _between_events(self, work: Work, held: bool, first: Work | None) -> float:
         begin, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
         self.wait()
         if held:
             self._cuda._sleep(HOLD_CYCLES)
+        if first is not None:
+            first()
         begin.record()
         work()
         end.record()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Copies(NamedTuple):
     d2h: Table
     pinned_alloc_bytes_per_s: float
     issue_s: float
+    wake_s: float
 
 
 def measure_copies(bench: Bench, advance: Callable[[], None]) -> Copies:
@@ -62,21 +64,26 @@ def measure_copies(bench: Bench, advance: Callable[[], None]) -> Copies:
         h2d = _table(bench, sizes, there, block.bytes, advance)
         d2h = _table(bench, sizes, block.bytes, there, advance)
         issue = _issue_s(bench, there, block.bytes)
+        wake = _wake_s(bench, there, block.bytes)
     finally:
         bench.wait()
         block.close()
-    return Copies(h2d, d2h, significant(pinned), issue)
+    return Copies(h2d, d2h, significant(pinned), issue, wake)
 
 
 def _table(
     bench: Bench, sizes: list[int], target: Tensor, source: Tensor, advance: Callable[[], None]
 ) -> Table:
+    cuda: Any = torch.cuda
     isolated, queued = [], []
     for size in sizes:
         to, of = target[:size], source[:size]
 
         def copy(to: Tensor = to, of: Tensor = of) -> None:
             to.copy_(of, non_blocking=True)
+            if bench.cuda:
+                # As the runtime does: what waits for the copy waits for a mark behind it.
+                cuda.Event().record()
 
         repeats = 5 if size > 64 * MIB else 15
         isolated.append(bench.device_s(copy, repeats))
@@ -98,6 +105,22 @@ def _queued_s(bench: Bench, copy: Callable[[], None], size: int) -> float:
             copy()
 
     return bench.device_s(many, 3 if size > 64 * MIB else 7, held=True) / count
+
+
+def _wake_s(bench: Bench, there: Tensor, here: Tensor) -> float:
+    """Device seconds from a copy's end until a lane that waits for it goes on."""
+    if not bench.cuda:
+        return 0.0
+    lanes, size, found = lanes_for(bench.device, timed=True), 8 * MIB, []
+    for _ in range(30):
+        bench.wait()
+        begin, landed = lanes.copy(there[:size], here[:size])
+        lanes.compute_after(landed)
+        awake = lanes.mark()
+        lanes.finish()
+        found.append(lanes.read(awake) - lanes.read(landed))
+        lanes.recycle([begin, landed, awake])
+    return significant(max(statistics.median(found), 0.0))
 
 
 def _issue_s(bench: Bench, there: Tensor, here: Tensor) -> float:

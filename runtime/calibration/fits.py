@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,22 +96,45 @@ def thinking(accesses: Sequence[int], moves: Sequence[int], seconds: Sequence[fl
 
 
 def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> tuple[list[float], float]:
-    """Least squares with no coefficient below 0, and the root mean square that is missed.
-
-    Every choice of columns is tried: there are few.
-    """
+    """Least squares with no coefficient below 0, and the root mean square that is missed."""
     root = np.sqrt(weights)
-    best, best_missed = [0.0] * columns.shape[1], math.inf
-    for kept in product((False, True), repeat=columns.shape[1]):
-        chosen = [i for i, keep in enumerate(kept) if keep]
-        found = np.zeros(columns.shape[1])
-        if chosen:
-            part = columns[:, chosen] * root[:, None]
-            found[chosen] = np.linalg.lstsq(part, values * root, rcond=None)[0]
-        missed = float(np.average((values - columns @ found) ** 2, weights=weights))
-        if found.min() >= 0 and missed < best_missed:
-            best, best_missed = found.tolist(), missed
-    return best, math.sqrt(best_missed)
+    found = nonnegative(columns * root[:, None], values * root)
+    missed = float(np.average((values - columns @ found) ** 2, weights=weights))
+    return found.tolist(), math.sqrt(missed)
+
+
+def nonnegative(columns: Floats, values: Floats) -> Floats:
+    """The x of least squares of ``columns @ x - values`` with no element below 0.
+
+    The active-set method of Lawson and Hanson (Solving Least Squares Problems, 1974, chapter
+    23), on columns scaled to unit length.
+    """
+    lengths = np.linalg.norm(columns, axis=0)
+    lengths[lengths == 0] = 1.0
+    scaled = columns / lengths
+    square, right = scaled.T @ scaled, scaled.T @ values
+    x = np.zeros(len(right))
+    free = np.zeros(len(right), dtype=bool)
+    close = 1e-12 * max(float(np.abs(right).max(initial=0.0)), 1e-300)
+    for _ in range(3 * len(right)):
+        pull = np.where(free, -np.inf, right - square @ x)
+        if not len(pull) or pull.max() <= close:
+            break
+        free[int(pull.argmax())] = True
+        while True:
+            wanted = np.zeros(len(right))
+            wanted[free] = np.linalg.lstsq(square[np.ix_(free, free)], right[free], rcond=None)[0]
+            below = free & (wanted <= 0)
+            if not below.any():
+                break
+            # As far towards it as nothing leaves the allowed region.
+            share = float((x[below] / np.maximum(x[below] - wanted[below], 1e-300)).min())
+            x = x + share * (wanted - x)
+            free &= x > 1e-15
+            x[~free] = 0.0
+        x = wanted
+    result: Floats = x / lengths
+    return result
 
 
 class ExpertTime(NamedTuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache
 
@@ -17,6 +18,7 @@ from runtime.calibration.bench import Bench
 from runtime.calibration.fits import line
 from runtime.dimensions import config_of
 from runtime.families import find_gates
+from runtime.lanes import lanes_for
 from runtime.offloading import offload
 from traces.sizes import Dimensions, dimensions
 
@@ -28,6 +30,8 @@ FAMILIES = (
 TYPICAL = "qwen3_moe"
 
 FEW_LAYERS, MORE_LAYERS = 3, 9
+#: Depth of the models whose layers' floor is measured: the layers between are what is timed.
+FLOOR_LAYERS = 4
 TOP_K = 4
 CACHE_TOKENS = 512
 PROMPT = 64
@@ -41,8 +45,16 @@ PUBLISHED = {
     "gpt_oss": "gpt-oss-20b",
 }  # fmt: skip
 
-#: Lengths of cache between which the time to read it is measured.
-SHORT_CACHE, LONG_CACHE = 256, 2304
+#: Lengths of cache between which the time to read it is measured, and numbers of sequences.
+SHORT_CACHE, LONG_CACHE = 128, 2176
+SEQUENCES = (1, 4)
+
+#: Read before a layer is timed, so that the device's caches hold nothing of it.
+SCRUB_BYTES = 256 * 2**20
+
+#: A floor is at least this share of the layer: what is subtracted from it is a model.
+LEAST_FLOOR = 0.1
+PARAM_BYTES = 2
 
 
 def tiny_dimensions(family: str, layers: int, wide: bool) -> Dimensions:
@@ -65,6 +77,33 @@ def tiny_dimensions(family: str, layers: int, wide: bool) -> Dimensions:
         kv_rank=16 * unit,
         nope_dim=16 * unit,
         rope_dim=8 * unit,
+    )
+
+
+def middle_dimensions(family: str, layers: int, *, wide: bool = True) -> Dimensions:
+    """Dimensions of *family* on the scale of published models, though none's; else small."""
+    unit = 128 if wide else 16
+    latent = family.startswith("deepseek")
+    # Its norm over all heads has the hidden size.
+    heads = 12 if family == "olmoe" else 24
+    return Dimensions(
+        source="made up",
+        published_params=0,
+        layers=layers,
+        experts=16,
+        top_k=TOP_K,
+        hidden=12 * unit,
+        intermediate=4 * unit,
+        heads=heads,
+        head_dim=unit,
+        vocabulary=1024,
+        kv_heads=0 if latent else heads if family in ("olmoe", "qwen2_moe") else 4,
+        shared_intermediate=8 * unit if latent or family == "qwen2_moe" else 0,
+        dense_intermediate=8 * unit,
+        query_rank=6 * unit if family == "deepseek_v3" else 0,
+        kv_rank=3 * unit if latent else 0,
+        nope_dim=unit if latent else 0,
+        rope_dim=unit // 2 if latent else 0,
     )
 
 
@@ -105,10 +144,17 @@ def offloaded(
 class Decoding:
     """Decode steps of *model* one by one over one static cache, greedily."""
 
-    def __init__(self, model: Any, bench: Bench, cache_tokens: int = CACHE_TOKENS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        bench: Bench,
+        cache_tokens: int = CACHE_TOKENS,
+        sequences: int = 1,
+        prompt: int = PROMPT,
+    ) -> None:
         self._model, self._bench = model, bench
         self._cache = StaticCache(config=model.config, max_cache_len=cache_tokens)
-        self._token = torch.arange(PROMPT, device=bench.device).view(1, PROMPT)
+        self._token = torch.arange(prompt, device=bench.device).repeat(sequences, 1)
         self._length = 0
         self.prefill_s = self._timed()
 
@@ -120,7 +166,8 @@ class Decoding:
     def _timed(self) -> float:
         """Seconds of one step, from its input until its token is known."""
         begin, self._length = self._length, self._length + self._token.shape[1]
-        places = torch.arange(begin, self._length, device=self._bench.device).unsqueeze(0)
+        places = torch.arange(begin, self._length, device=self._bench.device)
+        places = places.repeat(len(self._token), 1)
         self._bench.wait()
         start = time.perf_counter()
         with torch.no_grad():
@@ -241,81 +288,93 @@ def _within_experts(model: Any, tokens: int, bench: Bench) -> int:
     return max(counted[0], 1)
 
 
-class Chain(NamedTuple):
-    """A captured decode step of :data:`TYPICAL`: seconds of one layer more, and of the rest."""
-
-    layer_s: float
-    rest_s: float
-
-
-def measure_chain(bench: Bench) -> Chain:
-    """Steps in the runtime with graphs, all experts held, at two depths."""
-    seconds = []
-    for layers in (FEW_LAYERS, MORE_LAYERS):
-        with offloaded(TYPICAL, layers, bench) as model:
-            seconds.append(Decoding(model, bench).step_s(STEPS))
-    found = line((FEW_LAYERS, MORE_LAYERS), seconds)
-    return Chain(found.beta, found.alpha)
-
-
 class Layers(NamedTuple):
-    """GPU seconds of one captured layer, and how well it reads its cache, by family.
+    """What one captured layer takes on the GPU beside reading weights, by family.
 
-    *kv_efficiency* is a share of the memory rate. ``any`` is the mean of those measured.
+    *floor_s*: seconds; *kv_efficiency*: the share of the memory rate at which each sequence's
+    cache is read; *kv_token_s*: seconds per position of the cache for all sequences together.
+    ``any`` is the mean of those measured.
     """
 
     floor_s: dict[str, float]
     kv_efficiency: dict[str, float]
+    kv_token_s: dict[str, float]
 
 
-def measure_layers(bench: Bench, memory_rate: float, advance: Callable[[], None]) -> Layers:
+class Reads(NamedTuple):
+    """How fast the GPU reads one token's weights: its memory rate, and the shares of it."""
+
+    memory_rate: float
+    dense_efficiency: float
+    fused_efficiency: float
+
+    def weights_s(self, dims: Dimensions) -> float:
+        """Seconds to read what one layer of *dims* needs for one token, as costs count it."""
+        dense = dataclasses.replace(dims, vocabulary=0).dense_params() / dims.all_layers
+        experts = dims.top_k * dims.expert_params() / self.fused_efficiency
+        return (dense / self.dense_efficiency + experts) * PARAM_BYTES / self.memory_rate
+
+
+class KvTime(NamedTuple):
+    """Seconds of one cached token and layer: together, and more for each sequence."""
+
+    token_s: float
+    sequence_s: float
+
+    def efficiency(self, full_s: float) -> float:
+        """The share of the memory rate, at which a token takes *full_s*; at most 1."""
+        return min(full_s / self.sequence_s, 1.0) if self.sequence_s > 0 else 1.0
+
+
+def kv_time(sequences: Sequence[int], short_s: Sequence[float], long_s: Sequence[float]) -> KvTime:
+    """From a layer's seconds with a short and a long cache, by number of *sequences*."""
+    pairs = zip(short_s, long_s, strict=True)
+    found = line(sequences, [max(b - a, 0.0) / (LONG_CACHE - SHORT_CACHE) for a, b in pairs])
+    return KvTime(found.alpha, found.beta)
+
+
+def measure_layers(bench: Bench, reads: Reads, advance: Callable[[], None]) -> Layers:
     """Floors and cache reading of every family; empty where nothing can be captured."""
-    floors: dict[str, float] = {}
-    kept: dict[str, float] = {}
+    found = Layers({}, {}, {})
     for family in FAMILIES if not bench.quick else (TYPICAL,):
         if bench.cuda:
-            _measure_layer(family, bench, memory_rate, floors, kept)
+            _measure_layer(family, bench, reads, found)
         advance()
-    if floors:
-        floors["any"] = statistics.mean(floors.values())
-        kept["any"] = statistics.mean(kept.values())
-    return Layers(floors, kept)
+    if found.floor_s:
+        for figures in found:
+            figures["any"] = statistics.mean(figures.values())
+    return found
 
 
-def _measure_layer(
-    family: str,
-    bench: Bench,
-    memory_rate: float,
-    floors: dict[str, float],
-    kept: dict[str, float],
-) -> None:
+def _measure_layer(family: str, bench: Bench, reads: Reads, into: Layers) -> None:
     """Note what one layer of *family* takes, unless its decode steps run eagerly."""
-    dims = tiny_dimensions(family, FEW_LAYERS, wide=True)
-    floor = _layer_s(family, bench, dims, SHORT_CACHE)
-    if floor is None:
+    dims = middle_dimensions(family, FLOOR_LAYERS)
+    middle = layer_graphs_s(family, bench, dims, [(SHORT_CACHE, 1)])
+    if not middle:
         return
-    headed = with_published_heads(family, dims)
-    short, long = (_layer_s(family, bench, headed, n) for n in (SHORT_CACHE, LONG_CACHE))
-    token_bytes = headed.kv_bytes_per_token(2) / headed.all_layers
-    floors[family] = floor
-    kept[family] = cache_share(short or 0.0, long or 0.0, token_bytes * memory_rate**-1)
+    headed = with_published_heads(family, tiny_dimensions(family, FEW_LAYERS, wide=True))
+    shapes = [(length, n) for length in (SHORT_CACHE, LONG_CACHE) for n in SEQUENCES]
+    seconds = layer_graphs_s(family, bench, headed, shapes)
+    if not seconds:
+        return
+    kept = kv_time(SEQUENCES, seconds[: len(SEQUENCES)], seconds[len(SEQUENCES) :])
+    into.kv_efficiency[family] = kept.efficiency(_token_bytes(headed) / reads.memory_rate)
+    into.kv_token_s[family] = kept.token_s
+    cached = _token_bytes(dims) / (into.kv_efficiency[family] * reads.memory_rate)
+    known = reads.weights_s(dims) + SHORT_CACHE * (kept.token_s + cached)
+    into.floor_s[family] = max(middle[0] - known, LEAST_FLOOR * middle[0])
 
 
-def cache_share(short_s: float, long_s: float, token_s: float) -> float:
-    """The share of the memory rate at which a cache is read, at most 1.
-
-    From a layer's seconds with a short and a long cache; *token_s* is what a token's keys and
-    values take at the full rate.
-    """
-    more_s = (long_s - short_s) / (LONG_CACHE - SHORT_CACHE)
-    return min(token_s / more_s, 1.0) if more_s > 0 else 1.0
+def _token_bytes(dims: Dimensions) -> float:
+    """Bytes of one token's keys and values in one layer, as costs count them."""
+    return dims.kv_bytes_per_token(PARAM_BYTES) / dims.all_layers
 
 
 def _segments(model: Any) -> list[Any]:
-    """The graphs of the captured decode step of *model*, in order; none if it runs eagerly."""
+    """The graphs that were captured last of *model*, in order; none if it runs eagerly."""
     graphs = model.expert_cache.runner.graphs
     chains = graphs.chains if graphs is not None else []
-    return list(chains[0].segments()) if chains else []
+    return list(chains[-1].segments()) if chains else []
 
 
 def measure_workspace(bench: Bench) -> int:
@@ -340,18 +399,59 @@ def measure_workspace(bench: Bench) -> int:
     return max(int(peak - known), 0)
 
 
-def _layer_s(family: str, bench: Bench, dims: Dimensions, cache_tokens: int) -> float | None:
-    """One layer's graph, replayed behind others so that no launch counts; None if eager."""
-    with offloaded(family, FEW_LAYERS, bench, dims) as model:
-        Decoding(model, bench, cache_tokens).step_s(4)
-        # The first ends with the first gate, the last has the head: a layer is between them.
+def layer_graphs_s(
+    family: str, bench: Bench, dims: Dimensions, shapes: Sequence[tuple[int, int]]
+) -> list[float]:
+    """Device seconds of one layer's graph for each (cache tokens, sequences) of *shapes*.
+
+    Replayed behind others, so that no launch counts; empty where decode steps run eagerly.
+    """
+    with offloaded(family, dims.layers, bench, dims) as model:
+        return [s for shape in shapes for s in _layer_s(model, bench, *shape)]
+
+
+def woken_s(family: str, bench: Bench, dims: Dimensions, source: Tensor) -> float:
+    """Device seconds from a copy's end until a layer that waits for it is done, beyond its own.
+
+    The copy brings the pinned bytes of *source*. 0 where decode steps run eagerly.
+    """
+    with offloaded(family, dims.layers, bench, dims) as model:
+        Decoding(model, bench, SHORT_CACHE, prompt=SHORT_CACHE // 8).step_s(4)
         layers = _segments(model)[1:-1]
         if not layers:
-            return None
+            return 0.0
+        scrub = torch.zeros(SCRUB_BYTES // 4, device=bench.device)
+        alone_s = bench.device_s(layers[0].replay, 20, held=True, first=scrub.max)
+        target = torch.empty_like(source, device=bench.device)
+        lanes, found = lanes_for(bench.device, timed=True), []
+        for _ in range(20):
+            scrub.max()
+            bench.wait()
+            _, landed = lanes.copy(target, source)
+            lanes.compute_after(landed)
+            layers[0].replay()
+            done = lanes.mark()
+            lanes.finish()
+            found.append(lanes.read(done) - lanes.read(landed))
+        return max(statistics.median(found) - alone_s, 0.0)
 
-        def replay() -> None:
-            for graph in layers:
-                graph.replay()
 
-        # Every replay moves the cache on by a token.
-        return bench.device_s(replay, 30, held=True) / len(layers)
+def _layer_s(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> list[float]:
+    """The same for one shape: one figure, or none."""
+    # A prompt of few tokens leaves room for what is replayed below.
+    prompt = min(PROMPT, cache_tokens // 8)
+    decoding = Decoding(model, bench, cache_tokens, sequences, prompt)
+    decoding.step_s(4)
+    # The first ends with the first gate, the last has the head: a layer is between them.
+    layers = _segments(model)[1:-1]
+    if not layers:
+        return []
+    scrub = torch.zeros(SCRUB_BYTES // 4, device=bench.device)
+
+    def replay() -> None:
+        for graph in layers:
+            graph.replay()
+
+    # Every replay moves the cache on by a token.
+    repeats = min(30, cache_tokens // 2)
+    return [bench.device_s(replay, repeats, held=True, first=scrub.max) / len(layers)]

@@ -24,29 +24,32 @@ from runtime.calibration.experts import (
     measure_fused,
 )
 from runtime.calibration.fits import Line, Thinking, significant
+from runtime.calibration.hosts import in_profile, typical
 from runtime.calibration.kernels import Graphs, Rates, measure_graphs, measure_rates
 from runtime.calibration.models import (
     FAMILIES,
-    TOP_K,
     TYPICAL,
-    Chain,
     Launches,
     Layers,
-    measure_chain,
+    Reads,
     measure_launches,
     measure_layers,
     measure_workspace,
 )
 from runtime.calibration.policies import measure_policies
+from runtime.calibration.runs import Runs, measure_runs
 from runtime.calibration.toml import dumps
 from traces.writing import replacing
 
 #: Steps of progress besides those of copies, policies and families.
-OTHER_STEPS = 12
+OTHER_STEPS = 14
+
+#: Figures that must be above 0 are at least this.
+LEAST_S = 1e-9
 
 
 class Measured(NamedTuple):
-    """All that was measured; *dense*, *fused*, *layers* and *chain* only where graphs run."""
+    """All that was measured; *dense*, *fused*, *layers* and *runs* only where graphs run."""
 
     copies: Copies
     rates: Rates
@@ -58,13 +61,13 @@ class Measured(NamedTuple):
     dense: Line | None
     fused: Line | None
     layers: Layers
-    chain: Chain | None
+    runs: Runs | None
     workspace_bytes: int
 
 
 def steps_of_progress() -> int:
     """At most how often *advance* is called by :func:`measure`."""
-    return 2 * len(SIZES) + len(POLICIES.classes()) + len(FAMILIES) + OTHER_STEPS
+    return 2 * len(SIZES) + 2 * len(POLICIES.classes()) + len(FAMILIES) + OTHER_STEPS
 
 
 def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measured:
@@ -80,11 +83,15 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
     policies = measure_policies(bench.quick, advance)
     launches = measure_launches(bench)
     advance()
-    layers = measure_layers(bench, rates.memory_bytes_per_s, advance)
-    floors = layers.floor_s
-    dense = measure_dense(bench, rates.memory_bytes_per_s) if floors else None
-    fused = measure_fused(bench, rates.memory_bytes_per_s) if floors else None
-    chain = measure_chain(bench) if TYPICAL in floors else None
+    dense = fused = runs = None
+    layers = Layers({}, {}, {})
+    if bench.cuda:
+        dense = measure_dense(bench, rates.memory_bytes_per_s)
+        fused = measure_fused(bench, rates.memory_bytes_per_s)
+        reads = Reads(rates.memory_bytes_per_s, dense.beta, fused.beta)
+        layers = measure_layers(bench, reads, advance)
+    if layers.floor_s:
+        runs = measure_runs(bench, graphs, copies, policies, advance)
     return Measured(
         copies=copies,
         rates=rates,
@@ -96,7 +103,7 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
         dense=dense,
         fused=fused,
         layers=layers,
-        chain=chain,
+        runs=runs,
         workspace_bytes=measure_workspace(bench),
     )
 
@@ -126,7 +133,7 @@ def profile_values(bench: Bench, found: Measured) -> dict[str, Any]:
         "kind": "measured",
         "measurement": machine.measurement(bench.device),
         "gpu": gpu,
-        "link": {"h2d": _direction(found.copies.h2d), "d2h": _direction(found.copies.d2h)},
+        "link": _link(found),
         "host": _host(found),
         "software": _software(found),
         "expert": {
@@ -150,6 +157,13 @@ def _of_figures(values: dict[str, Any]) -> dict[str, str]:
     return {p: text for p, text in sources.items() if any(f.startswith(f"{p}.") for f in figures)}
 
 
+def _link(found: Measured) -> dict[str, Any]:
+    copies, runs = found.copies, found.runs
+    link: dict[str, Any] = {"h2d": _direction(copies.h2d), "d2h": _direction(copies.d2h)}
+    wake_s = copies.wake_s if runs is None else significant(runs.wake_s)
+    return link | ({"wake_s": wake_s} if wake_s else {})
+
+
 def _direction(table: Table) -> dict[str, Any]:
     return {
         "isolated": {"sizes_bytes": table.sizes_bytes, "seconds": table.isolated_s},
@@ -157,30 +171,29 @@ def _direction(table: Table) -> dict[str, Any]:
     }
 
 
-def engine_s(found: Measured) -> float:
-    """Host seconds per event besides waiting, policy, planner and launch.
-
-    What a captured layer of a real run takes beyond its parts: turning the gate's answer
-    into an event, the engine's bookkeeping.
-    """
-    if found.chain is None:
-        return 0.0
-    lru, known = found.policies["lru"], found.layers.floor_s[TYPICAL]
-    known += found.graphs.sync_s + found.graphs.launch_s
-    return max(found.chain.layer_s - known - lru.event_s - TOP_K * lru.access_s, 0.0)
+def _thinking(found: Measured) -> dict[str, Thinking]:
+    """Policies' times as they are in a run; as replayed alone where no runs were made."""
+    if found.runs is None:
+        return found.policies
+    host = found.runs.host
+    others = typical(host.slower)
+    return {
+        name: in_profile(alone, host.slower.get(name) or others, host.engine_s)
+        for name, alone in found.policies.items()
+    }
 
 
 def _host(found: Measured) -> dict[str, Any]:
-    more = engine_s(found)
-    events = {n: significant(more + t.event_s) for n, t in found.policies.items()}
-    accesses = {n: significant(t.access_s) for n, t in found.policies.items()}
-    moves = {n: significant(t.move_s) for n, t in found.policies.items()}
+    policies = _thinking(found)
+    events = {n: significant(max(t.event_s, LEAST_S)) for n, t in policies.items()}
+    accesses = {n: significant(t.access_s) for n, t in policies.items()}
+    moves = {n: significant(t.move_s) for n, t in policies.items()}
     host: dict[str, Any] = {
         "copy_issue_s": found.copies.issue_s,
         "kernel_launch_s": significant(found.launches.kernel_launch_s),
         "gate_sync_s": found.graphs.sync_s,
         "event_s": significant(statistics.median(events.values())),
-        "step_s": significant(_step_s(found)),
+        "step_s": significant(found.launches.step_s),
         "pinned_alloc_bytes_per_s": found.copies.pinned_alloc_bytes_per_s,
         "access_s": significant(statistics.median(accesses.values())),
         "move_s": significant(statistics.median(moves.values())),
@@ -188,17 +201,28 @@ def _host(found: Measured) -> dict[str, Any]:
         "policy_access_s": accesses,
         "policy_move_s": moves,
     }
-    if found.layers.floor_s:
-        host["graph_launch_s"] = found.graphs.launch_s
-        host["table_update_s"] = found.graphs.table_s
-    return host
+    return host | _captured(found)
 
 
-def _step_s(found: Measured) -> float:
-    """A step outside its layers; of a captured one the first launch is charged apart."""
-    if found.chain is None:
-        return found.launches.step_s
-    return max(found.chain.rest_s - found.graphs.launch_s, 1e-6)
+def _captured(found: Measured) -> dict[str, Any]:
+    """What a run tells of the host where decode steps are captured."""
+    if not found.layers.floor_s:
+        return {}
+    host: dict[str, Any] = {
+        "graph_launch_s": found.graphs.launch_s,
+        "table_update_s": found.graphs.table_s,
+    }
+    runs = found.runs
+    if runs is None:
+        return host
+    # A fit may leave a part out that is there: what was measured alone then stands.
+    issue_s = runs.host.issue_s or found.copies.issue_s
+    return host | {
+        "copy_issue_s": significant(issue_s),
+        "step_s": significant(runs.step_s),
+        "table_update_s": significant(runs.host.update_s),
+        "miss_s": significant(runs.miss_s),
+    }
 
 
 def _software(found: Measured) -> dict[str, Any]:
@@ -213,6 +237,8 @@ def _software(found: Measured) -> dict[str, Any]:
         software["layer_floor_s"] = {n: significant(s) for n, s in found.layers.floor_s.items()}
         kept = found.layers.kv_efficiency
         software["kv_efficiency"] = {n: significant(s) for n, s in kept.items()}
+        positions = found.layers.kv_token_s
+        software["kv_token_s"] = {n: significant(s) for n, s in positions.items()}
         software["dense_efficiency"] = significant(found.dense.beta)
     return software
 
@@ -231,7 +257,8 @@ def _sources(bench: Bench, found: Measured) -> dict[str, str]:
         "link.d2h": f"{'pinned' if bench.cuda else 'ordinary'} memory, medians, {by}",
         "host.copy_issue_s": "the runtime's own copies of 4 KiB, host time with their marks",
         "host.kernel_launch_s": f"host time of a layer over its operations, {model}",
-        "host.gate_sync_s": "a kernel and its answer's way to the host, less both launches",
+        "link.wake_s": f"from a copy's end until a lane that waits for it goes on, {by}",
+        "host.gate_sync_s": "round trip of a graph on the host's clock, less the device's own time",
         "host.event_s": "median of policy_event_s",
         "host.step_s": f"what does not grow with the layers, {model}",
         "host.pinned_alloc_bytes_per_s": "one block as the runtime takes it",
@@ -258,24 +285,48 @@ def _graph_sources(found: Measured) -> dict[str, str]:
     if found.dense is None or found.fused is None:
         return sources
     return sources | {
-        "host.graph_launch_s": "host time of one replay of a small graph",
+        "host.graph_launch_s": "device time between marks around a graph's replay, less the graph",
         "host.table_update_s": "host time of four changes of the runtime's expert table",
-        "host.policy_event_s": (
-            "replays of a made-up trace, and for all policies alike "
-            f"{engine_s(found):.2e} s: a captured layer's time beyond floor, answer and launch"
-        ),
         "software.layer_floor_s": (
-            f"one layer's graph of small models behind others; {ANY_FAMILY}: their mean"
+            "one layer's graph of middle-sized models behind others, less what it reads; "
+            f"{ANY_FAMILY}: their mean"
         ),
         "software.kv_efficiency": (
-            "layers' graphs with a short and a long cache, heads as published"
+            "layers' graphs with a short and a long cache, one and several sequences, heads as "
+            "published"
         ),
+        "software.kv_token_s": "the same, what does not grow with the sequences",
         "software.dense_efficiency": (
             f"slope of matrix-vector products over their bytes; misses {found.dense.residual:.1e} s"
         ),
         "expert.fused_efficiency": (
             "slope of the runtime's decode kernels over the bytes of an event; misses "
             f"{found.fused.residual:.1e} s"
+        ),
+        **_run_sources(found.runs),
+    }
+
+
+def _run_sources(runs: Runs | None) -> dict[str, str]:
+    """Sources of what whole runs told."""
+    if runs is None:
+        return {}
+    host = runs.host
+    fit = f"step times of whole runs of small models, all policies; misses {host.missed:.1%}"
+    slower = ", ".join(f"{name} {factor:.2f}" for name, factor in host.slower.items())
+    return {
+        "link.wake_s": (
+            "from a copy's end until a middle-sized layer's graph that waits for it is done, less "
+            "the graph"
+        ),
+        "host.copy_issue_s": fit,
+        "host.table_update_s": fit,
+        "host.policy_event_s": (
+            f"{fit}; {host.engine_s:.2e} s for all alike, planning as replayed alone times {slower}"
+        ),
+        "host.step_s": "steps of whole runs of two depths, what does not grow with the layers",
+        "host.miss_s": (
+            f"step times of whole runs that wait for copies; misses {runs.misses_off:.1%}"
         ),
     }
 

@@ -186,6 +186,28 @@ def _write(out, at, total, mask, ACCUMULATE: tl.constexpr):
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _hand_in(
+    out, partial, arrived, total, n, OUT: tl.constexpr, SPLITS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Leave one split's sums *total* [BLOCK_N]; the last to arrive adds all up in their order."""
+    token = tl.program_id(0)
+    split = tl.program_id(2)
+    mine = partial + token * SPLITS * OUT + n
+    tl.store(mine + split * OUT, total, mask=n < OUT, cache_modifier=".cg")
+    # All threads' sums must be out before the one that counts says so.
+    tl.debug_barrier()
+    counter = arrived + token * tl.num_programs(1) + tl.program_id(1)
+    if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+        whole = tl.zeros([BLOCK_N], tl.float32)
+        for other in range(SPLITS):
+            whole += tl.load(mine + other * OUT, mask=n < OUT, cache_modifier=".cg")
+        _write(out, token * OUT + n, whole, n < OUT, ACCUMULATE)
+        # As it was found, for the next call.
+        tl.store(counter, 0)
+
+
 @triton.jit(do_not_specialize=["full_slots", "only"])
 def second_kernel(
     inner, index, weights, table, full, low, out, partial, arrived, full_slots, only,
@@ -249,15 +271,4 @@ def second_kernel(
     if SPLITS == 1:
         _write(out, token * OUT + n, total, n < OUT, ACCUMULATE)
     else:
-        mine = partial + token * SPLITS * OUT + n
-        tl.store(mine + split * OUT, total, mask=n < OUT, cache_modifier=".cg")
-        # All threads' sums must be out before the one that counts says so.
-        tl.debug_barrier()
-        counter = arrived + token * tl.num_programs(1) + block
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-            total = tl.zeros([BLOCK_N], tl.float32)
-            for other in range(SPLITS):
-                total += tl.load(mine + other * OUT, mask=n < OUT, cache_modifier=".cg")
-            _write(out, token * OUT + n, total, n < OUT, ACCUMULATE)
-            # As it was found, for the next call.
-            tl.store(counter, 0)
+        _hand_in(out, partial, arrived, total, n, OUT, SPLITS, ACCUMULATE, BLOCK_N)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from traces.model import ModelSpec  # noqa: E402
 from traces.store import write_trace  # noqa: E402
 from traces.synth import SynthSettings, synthesise  # noqa: E402
 
-LAYERS, EXPERTS, TOP_K, SIZE = 3, 6, 2, 16
+LAYERS, EXPERTS, TOP_K, SIZE = 3, 6, 2, 32
 ALL = LAYERS * EXPERTS
 WAVE = -2
 
@@ -35,7 +36,7 @@ BUDGETS = {
 
 
 def tiny_trace(path: Path) -> str:
-    """A trace with every column of a model whose layers are 16 by 16."""
+    """A trace with every column of a model whose layers are 32 by 32."""
     spec = ModelSpec(
         "tiny", LAYERS, EXPERTS, TOP_K, SIZE, SIZE, 3 * SIZE * SIZE, 0, 2 * LAYERS * 64 * 2
     )
@@ -50,9 +51,9 @@ def tiny_trace(path: Path) -> str:
 class Worlds:
     """Both worlds of one setup."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, device: str = "cpu") -> None:
         self.sim = Session(setup)
-        self.real = ReplaySession(setup, device="cpu", compute="fused")
+        self.real = ReplaySession(setup, device=device, compute="fused")
 
     def compare(self, policy: str, slots: int) -> tuple[Any, list[int]]:
         """Run *policy* in both and check that they agree; the real result and the decisions."""
@@ -72,7 +73,7 @@ class Worlds:
         assert found.hit + found.late == found.held
         assert 0 <= found.late <= found.held
         assert sum(found.breakdown_s.values()) == pytest.approx(found.time["total_s"])
-        assert len(measured.step_s) == sum(1 for s in measured.step_s if s > 0) > 0
+        assert min(measured.step_s) > 0
         return found, list(logs[1].numbers or ())
 
 
@@ -84,6 +85,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def worlds(trace: str) -> Iterator[dict[tuple[int, str], Worlds]]:
     """The worlds of every setup, with models and stores that all policies share."""
+    # A run ends by collecting garbage, which is slow among all that a test run has imported.
+    gc.freeze()
     made = {
         (batch, pool): Worlds(Setup(trace, batch=batch, pool=pool, train=trace))
         for batch, pool in BUDGETS
@@ -91,6 +94,7 @@ def worlds(trace: str) -> Iterator[dict[tuple[int, str], Worlds]]:
     yield made
     for both in made.values():
         both.real.close()
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("batch", "pool"), BUDGETS)

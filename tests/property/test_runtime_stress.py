@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
@@ -11,10 +13,20 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from runtime.lanes import HostLanes, random_lag  # noqa: E402
-from tests.helpers_stress import Case, Driver, RacingLanes, cases, spoil  # noqa: E402
+from tests.helpers_stress import FAULTS, Case, Driver, RacingLanes, broken, cases, spoil  # noqa: E402  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices of 32 by 32 gain nothing by more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 SETTINGS = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -72,3 +84,13 @@ def test_the_cases_meet_everything() -> None:
     assert sum(driver.engine.copier.cancelled for driver in drivers) > 10
     services = set().union(*(driver.served for driver in drivers))
     assert services == {"low", "skip", "cpu", "substitute"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_runtime_is_found_out(fault: str) -> None:
+    def run() -> None:
+        for case in cases(80, seed=1):
+            racing(case).run()
+
+    with broken(fault, RacingLanes), pytest.raises(AssertionError, match=r"off by|computed from"):
+        run()

@@ -8,6 +8,7 @@ import random
 import tomllib
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -34,22 +35,43 @@ from runtime.calibration.experts import (  # noqa: E402
     measure_fused,
 )
 from runtime.calibration.fits import ExpertTime, Line, Thinking  # noqa: E402
-from runtime.calibration.kernels import Graphs, Rates  # noqa: E402
+from runtime.calibration.hosts import (  # noqa: E402
+    HostCosts,
+    Quiet,
+    StepCounts,
+    TimedRun,
+    Waits,
+    fit_host,
+    miss_s,
+    planning_s,
+    rest_of_step,
+)
+from runtime.calibration.kernels import (  # noqa: E402
+    LEAST_PART_S,
+    Graphs,
+    Rates,
+    measure_graphs,
+    round_trip_parts,
+)
 from runtime.calibration.models import (  # noqa: E402
     FAMILIES,
+    LONG_CACHE,
     PUBLISHED,
-    TOP_K,
-    Chain,
+    SHORT_CACHE,
     Decoding,
     Launches,
     Layers,
-    cache_share,
-    measure_chain,
+    Reads,
+    kv_time,
+    layer_graphs_s,
+    middle_dimensions,
     offloaded,
     tiny_dimensions,
     with_published_heads,
+    woken_s,
 )
 from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
+from runtime.calibration.runs import Runs, Shape, sessions, timed_runs  # noqa: E402
 from runtime.calibration.toml import dumps  # noqa: E402
 from runtime.steps import ReplayedSteps  # noqa: E402
 from tests.helpers import random_trace, simulate  # noqa: E402
@@ -152,10 +174,167 @@ def test_an_efficiency_is_the_slope_and_not_the_latency():
     assert fits.read_efficiency(sizes, [s / 8e12 for s in sizes], 4e12).beta == pytest.approx(2.0)
 
 
-def test_a_cache_is_read_at_the_share_that_its_length_tells():
-    assert cache_share(5e-5, 5e-5 + 2048 * 1e-8, 2e-9) == pytest.approx(0.2)
-    assert cache_share(5e-5, 5e-5, 2e-9) == 1.0
-    assert cache_share(5e-5, 5e-5 + 2048 * 1e-9, 2e-9) == 1.0
+def test_a_cache_costs_what_its_length_and_its_sequences_tell():
+    """20 ns a position however many sequences, 10 ns more for each."""
+    more = LONG_CACHE - SHORT_CACHE
+    short = [5e-5, 6e-5]
+    long = [s + more * (2e-8 + n * 1e-8) for s, n in zip(short, (1, 4), strict=True)]
+    found = kv_time((1, 4), short, long)
+    assert found == pytest.approx((2e-8, 1e-8))
+    assert found.efficiency(2e-9) == pytest.approx(0.2)
+    assert found.efficiency(2e-8) == 1.0
+    free = kv_time((1, 4), short, short)
+    assert free == (0.0, 0.0)
+    assert free.efficiency(1e-9) == 1.0
+    serial = kv_time((1, 4), short, [s + more * 3e-8 for s in short])
+    assert (serial.token_s, serial.efficiency(1e-9)) == (pytest.approx(3e-8), 1.0)
+
+
+def test_reads_are_those_that_a_simulated_layer_is_charged(bench, tmp_path):
+    """A layer's floor, reads and experts add up to what costs say of the same model."""
+    profile = run.write_profile(tmp_path / "mine.toml", run.profile_values(bench, FOUND))
+    dims = dimensions("qwen3-30b")
+    reads = Reads(profile.gpu.memory_bytes_per_s, 0.7, 0.85)
+    graph = Costs(profile, model_sizes("qwen3-30b")).graph
+    assert graph is not None
+    charged = graph.attention_s(1, 0) + dims.top_k * graph.expert_s(1)
+    assert charged == pytest.approx(graph.floor_s + reads.weights_s(dims), rel=0.01)
+
+
+def test_the_parts_of_a_round_trip_add_up_and_are_never_nothing():
+    sync_s, launch_s = round_trip_parts(52.6e-6, 48.7e-6, 44.5e-6)
+    assert (sync_s, launch_s) == (pytest.approx(3.9e-6), pytest.approx(4.2e-6))
+    assert round_trip_parts(1e-6, 2e-6, 3e-6) == (LEAST_PART_S, LEAST_PART_S)
+
+
+@given(st.lists(st.floats(0, 3), min_size=1, max_size=6), st.integers(0, 10**6))
+def test_least_squares_recover_what_is_not_negative(wanted, seed):
+    draw = np.random.default_rng(seed)
+    columns = draw.random((40, len(wanted)))
+    found = fits.nonnegative(columns, columns @ np.array(wanted))
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert found.min() >= 0
+
+
+@given(st.integers(1, 5), st.integers(0, 10**6))
+def test_no_other_allowed_answer_is_nearer(columns, seed):
+    """The conditions of Karush, Kuhn and Tucker: no allowed direction leads down."""
+    draw = np.random.default_rng(seed)
+    matrix, values = draw.normal(size=(12, columns)), draw.normal(size=12)
+    found = fits.nonnegative(matrix, values)
+    slope = matrix.T @ (matrix @ found - values)
+    assert found.min() >= 0
+    assert slope.min() >= -1e-8
+    assert np.abs(slope * found).max() < 1e-8
+
+
+THINKING = {
+    "lru": Thinking(9e-6, 5e-7, 2e-6, 0.0, 0.0),
+    "predictive": Thinking(4e-5, 3e-6, 3e-6, 0.0, 0.0),
+}
+QUIET = Quiet(2e-4, {1: 9e-5, 4: 1.2e-4})
+TRUE = HostCosts(6e-6, 1.7e-5, 8e-6, {"lru": 1.4, "predictive": 1.9}, 0.0)
+
+
+def made_up_runs(extra, seed=5):
+    """Runs whose every step takes what ``TRUE`` and *extra* of its counts say; some pause."""
+    draw, runs = random.Random(seed), []
+    for policy in THINKING:
+        for batch in QUIET.layer_s:
+            counts = []
+            for _ in range(60):
+                waiting = draw.randint(0, 10)
+                demand = sum(draw.randint(1, 4) for _ in range(waiting))
+                prefetch = draw.randint(0, 9) if policy == "predictive" else 0
+                updated = max(waiting, min(prefetch, 10))
+                accesses = 10 * draw.randint(3, 4) * batch
+                counts.append(StepCounts(10, accesses, demand, prefetch, waiting, updated))
+            timed = TimedRun(policy, batch, counts, [])
+            seconds = [
+                QUIET.step_s(timed, c) + 10 * TRUE.engine_s
+                + TRUE.slower[policy] * planning_s(THINKING[policy], c) + extra(c)
+                for c in counts
+            ]  # fmt: skip
+            seconds = [s + (4e-3 if draw.random() < 0.04 else 0.0) for s in seconds]
+            runs.append(timed._replace(seconds=seconds))
+    return runs
+
+
+def test_host_costs_come_back_from_step_times_with_pauses():
+    runs = made_up_runs(lambda c: c.demand * TRUE.issue_s + c.updated * TRUE.update_s)
+    found = fit_host(runs, QUIET, THINKING)
+    for name in ("engine_s", "issue_s", "update_s"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
+    assert found.slower == pytest.approx(TRUE.slower, rel=1e-3)
+    assert found.missed < 1e-6
+    known = fit_host(
+        made_up_runs(
+            lambda c: c.demand * TRUE.issue_s + c.updated * TRUE.update_s + c.waiting * 2e-5
+        ),
+        QUIET,
+        THINKING,
+        2e-5,
+    )
+    assert known.update_s == pytest.approx(TRUE.update_s, rel=1e-3)
+
+
+def test_what_a_miss_takes_before_its_copies_comes_back():
+    waits = Waits(first_s=1.8e-4, next_s=1.6e-4, wake_s=6e-6, launch_s=4e-6)
+    before_s = 2.3e-5
+
+    def extra(c):
+        each = before_s + waits.first_s - waits.next_s + waits.wake_s - waits.launch_s
+        return c.waiting * each + c.demand * waits.next_s
+
+    runs = [r for r in made_up_runs(extra) if r.policy == "lru"]
+    found, off = miss_s(runs, QUIET, THINKING, TRUE, waits)
+    assert found == pytest.approx(before_s, rel=1e-6)
+    assert off < 1e-9
+    slow = waits._replace(first_s=1e-3)
+    assert miss_s(runs, QUIET, THINKING, TRUE, slow)[0] == 0.0
+    assert miss_s([], QUIET, THINKING, TRUE, waits) == (0.0, 0.0)
+
+
+def test_the_rest_of_a_step_does_not_grow_with_its_layers():
+    assert rest_of_step((3, 10), (2e-4 + 3 * 9e-5, 2e-4 + 10 * 9e-5)) == pytest.approx(2e-4)
+    assert rest_of_step((3, 10), (3e-4, 3e-3)) == 1e-6
+
+
+def test_every_policy_runs_for_its_step_times(bench):
+    """The runtime itself on a small model: as many times as steps, and their counts."""
+    shape = Shape(layers=2, hidden=64, intermediate=32, tokens=6, experts=8, top_k=2)
+    with sessions(shape, (1, 2), "cpu") as found:
+        runs = timed_runs(found, list(POLICIES.classes()), ("50%",))
+    assert {r.policy for r in runs} == set(POLICIES.classes())
+    for timed in runs:
+        assert len(timed.counts) == len(timed.seconds) == (9 if timed.batch == 1 else 3)
+        assert min(timed.seconds) > 0
+        for c in timed.counts:
+            assert c.events == 2
+            assert c.waiting <= c.updated <= 2 <= c.accesses
+            assert (c.demand > 0) == (c.waiting > 0)
+    moves = {r.policy: sum(c.prefetch for c in r.counts) for r in runs if r.batch == 1}
+    assert moves["lru"] == 0 < moves["predictive"]
+
+
+def test_no_layer_is_timed_where_none_is_captured(bench):
+    dims = middle_dimensions("qwen3_moe", 2, wide=False)
+    assert layer_graphs_s("qwen3_moe", bench, dims, [(64, 1), (64, 2)]) == []
+    assert woken_s("qwen3_moe", bench, dims, torch.zeros(64, dtype=torch.uint8)) == 0.0
+    graphs = measure_graphs(bench)
+    assert graphs.launch_s == 0.0
+    assert LEAST_PART_S <= graphs.sync_s < 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_with_middle_dimensions(family, bench):
+    dims = middle_dimensions(family, 1, wide=False)
+    for name in PUBLISHED.values():
+        wide = middle_dimensions(family, 1)
+        known = dimensions(name)
+        assert (wide.hidden, wide.intermediate) != (known.hidden, known.intermediate)
+    with offloaded(family, 1, bench, dims) as model:
+        assert Decoding(model, bench, 40, sequences=2, prompt=4).step_s(2) > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,7 +390,7 @@ def a_table(alpha, rate):
 
 
 FOUND = run.Measured(
-    copies=Copies(a_table(9e-6, 5.5e10), a_table(8e-6, 5.4e10), 2.8e9, 7.9e-6),
+    copies=Copies(a_table(9e-6, 5.5e10), a_table(8e-6, 5.4e10), 2.8e9, 7.9e-6, 6e-6),
     rates=Rates(4.2e12, 6.6e14, 1.8e-6),
     graphs=Graphs(6e-6, 5e-6, 9e-6),
     experts=Experts(0.9, 11.0, [ExpertRow("qwen3-30b", 9_437_184, [1], [5e-5], 1.5e-5)]),
@@ -224,8 +403,14 @@ FOUND = run.Measured(
     launches=Launches(9e-6, 3e-4, 60, 20),
     dense=Line(3e-6, 0.7, 1e-6),
     fused=Line(4e-6, 0.85, 2e-6),
-    layers=Layers({"qwen3_moe": 4e-5, "any": 4.5e-5}, {"qwen3_moe": 0.2, "any": 0.3}),
-    chain=Chain(layer_s=7e-5, rest_s=3e-4),
+    layers=Layers(
+        {"qwen3_moe": 4e-5, "any": 4.5e-5}, {"qwen3_moe": 0.2, "any": 0.3},
+        {"qwen3_moe": 2e-8, "any": 1e-8},
+    ),
+    runs=Runs(
+        HostCosts(8e-6, 1.1e-5, 4e-6, {"lru": 1.5, "predictive": 2.5}, 0.01),
+        3e-4, 2e-5, 0.02, 3e-5,
+    ),
     workspace_bytes=9_000_000,
 )  # fmt: skip
 
@@ -235,30 +420,38 @@ def bench():
     return Bench(torch.device("cpu"), quick=True)
 
 
-def test_the_parts_of_a_captured_layer_add_up_to_it(bench, tmp_path):
-    """What a step of the simulator takes is what the chain was measured to take."""
+def test_what_runs_tell_stands_in_the_profile(bench, tmp_path):
+    """Planning is as much slower as in a run, and every event has the engine's work."""
     profile = run.write_profile(tmp_path / "mine.toml", run.profile_values(bench, FOUND))
-    host = profile.host
-    layer = profile.software.layer_floor_s["qwen3_moe"] + host.gate_sync_s + host.graph_launch_s
-    thinking_s = host.policy_event_s["lru"] + TOP_K * host.policy_access_s["lru"]
-    assert layer + thinking_s == pytest.approx(FOUND.chain.layer_s, rel=1e-3)
-    assert host.step_s + host.graph_launch_s == pytest.approx(FOUND.chain.rest_s, rel=1e-3)
-    more = host.policy_event_s["predictive"] - host.policy_event_s["lru"]
-    assert more == pytest.approx(1.8e-5, rel=1e-2)
-    assert host.policy_move_s == {"lru": 1e-6, "predictive": 3e-6, "fifo": 1e-6}
+    host, software = profile.host, profile.software
+    assert host.policy_event_s["lru"] == pytest.approx(8e-6 + 1.5 * 2e-6)
+    assert host.policy_event_s["predictive"] == pytest.approx(8e-6 + 2.5 * 2e-5)
+    assert host.policy_event_s["fifo"] == pytest.approx(8e-6 + 2 * 1e-6), "as the median"
+    assert host.policy_access_s == pytest.approx({"lru": 3e-7, "predictive": 2.5e-6, "fifo": 0})
+    assert host.policy_move_s == pytest.approx({"lru": 1.5e-6, "predictive": 7.5e-6, "fifo": 2e-6})
+    assert (host.copy_issue_s, host.table_update_s, host.miss_s) == (1.1e-5, 4e-6, 2e-5)
+    assert (host.step_s, host.graph_launch_s, host.gate_sync_s) == (3e-4, 6e-6, 5e-6)
+    assert profile.link.wake_s == 3e-5
     assert profile.gpu.workspace_bytes == 9_000_000
     assert profile.expert.fused_efficiency == 0.85
-    assert profile.software.dense_efficiency == 0.7
+    assert software.dense_efficiency == 0.7
+    assert software.kv_efficiency == {"qwen3_moe": 0.2, "any": 0.3}
+    assert software.kv_token_s == {"qwen3_moe": 2e-8, "any": 1e-8}
     graph = Costs(profile, model_sizes("qwen3-30b")).graph
     assert graph is not None
     assert graph.floor_s == 4e-5
-    assert profile.software.kv_efficiency == {"qwen3_moe": 0.2, "any": 0.3}
 
 
-def test_a_layer_that_costs_less_than_its_parts_adds_nothing(bench):
-    short = FOUND._replace(chain=Chain(layer_s=1e-6, rest_s=1e-9))
-    assert run.engine_s(short) == 0.0
-    assert run.profile_values(bench, short)["host"]["step_s"] == 1e-6
+def test_without_runs_what_was_measured_alone_stands(bench):
+    host = run.profile_values(bench, FOUND._replace(runs=None))["host"]
+    assert (host["copy_issue_s"], host["table_update_s"], host["step_s"]) == (7.9e-6, 9e-6, 3e-4)
+    assert host["policy_event_s"]["lru"] == 2e-6
+    assert "miss_s" not in host
+    assert run.profile_values(bench, FOUND._replace(runs=None))["link"]["wake_s"] == 6e-6
+    assert FOUND.runs is not None
+    unfitted = FOUND.runs._replace(host=FOUND.runs.host._replace(issue_s=0.0))
+    host = run.profile_values(bench, FOUND._replace(runs=unfitted))["host"]
+    assert host["copy_issue_s"] == 7.9e-6
 
 
 @pytest.fixture(scope="module")
@@ -316,8 +509,6 @@ def test_the_kernels_that_graphs_need_can_be_timed_anywhere(bench):
         found = measure(bench, 1e10)
         assert found.beta > 0
         assert math.isfinite(found.residual)
-    chain = measure_chain(bench)
-    assert chain.layer_s > 0
 
 
 @pytest.mark.parametrize(

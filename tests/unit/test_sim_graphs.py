@@ -54,14 +54,19 @@ def test_a_quiet_step_is_a_serial_chain(policy: str) -> None:
 
 
 def test_missed_experts_are_planned_issued_and_awaited_before_the_graph_runs() -> None:
-    """The first step loads two: the later lands one idle and one queued copy after its issue."""
+    """The first step loads two: the later lands one idle and one queued copy after its issue.
+
+    A miss takes the host a while before its first copy, and the graph a while to notice.
+    """
     world = simulate("lru", one_layer([[0, 1]]), 4, GRAPHS)
     costs, host = world.costs, GRAPHS.host
     graph = costs.graph
     assert graph is not None
     issued = graph.launch_s + graph.attention_s(1, 1) + host.gate_sync_s
     issued += host.policy_event_s["lru"] + 2 * host.policy_access_s["lru"] + 2 * host.move_s
+    issued += host.miss_s
     landed = issued + costs.idle_copy_s(3000) + costs.queued_copy_s(3000)
+    landed += GRAPHS.link.wake_s
     launched = issued + 2 * host.copy_issue_s + host.table_update_s + host.graph_launch_s
     assert landed > launched, "the copies should be what is waited for"
     assert world.stall_demand_s == pytest.approx(landed - launched, rel=1e-12)
@@ -80,11 +85,12 @@ def test_an_event_in_waves_is_eager_and_its_graph_follows() -> None:
     """One slot for two experts: copy, compute, copy, compute, then the launch."""
     bare = captured(machine())
     bare = replace(bare, host=replace(bare.host, policy_event_s={}, access_s=0.0, move_s=0.0))
+    wake_s, miss_s = bare.link.wake_s, bare.host.miss_s
     world = simulate("fifo", one_layer([[0, 1]]), 1, bare)
     graph, copy_s = world.costs.graph, world.costs.idle_copy_s(3000)
     assert graph is not None
     expected = 2 * graph.launch_s + graph.table_update_s + graph.attention_s(1, 1)
-    expected += 2 * (copy_s + graph.expert_s(1))
+    expected += miss_s + 2 * (copy_s + wake_s + graph.expert_s(1))
     assert world.total_s == pytest.approx(expected, rel=1e-12)
 
 
@@ -144,6 +150,9 @@ def test_floors_and_reads_add() -> None:
     whole = GraphCosts(profile, model, cache_tokens=50)
     expected = 1.9e-5 + dense_s + 2 * 50 * 200 / (0.3 * rate)
     assert whole.attention_s(2, 7) == pytest.approx(expected)
+    slow = replace(profile.software, kv_token_s={"any": 3e-9})
+    serial = GraphCosts(replace(profile, software=slow), model, cache_tokens=50)
+    assert serial.attention_s(2, 7) == pytest.approx(expected + 50 * 3e-9)
     plain = replace(profile, software=replace(profile.software, kv_efficiency={}))
     expected = 1.9e-5 + dense_s + 7 * 200 / (0.8 * rate)
     assert GraphCosts(plain, model).attention_s(1, 7) == pytest.approx(expected)

@@ -1,0 +1,235 @@
+"""Live runs: a checkpoint generates, and a simulation of its routing decides just the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
+transformers = pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
+
+import runtime.live  # noqa: E402
+import simctl  # noqa: E402
+from policies.budget import Budget  # noqa: E402
+from policies.decisions import DecisionLog  # noqa: E402
+from runtime.generate import generation_config, open_offloaded  # noqa: E402
+from runtime.live import LiveSettings, run_live  # noqa: E402
+from runtime.sampling import Sampling  # noqa: E402
+from sim.session import Session  # noqa: E402
+from tests.helpers_checkpoint import tiny_checkpoint  # noqa: E402
+from traces.errors import InputError  # noqa: E402
+from traces.store import open_trace  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+PROMPTS = ["w5 w9 w33 w12", "w40 w3", "w11 w60 w22 w7 w8", "w13", "w20 w21 w22"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-mixtral", layers=4)
+
+
+def both(model, out, policy, slots, prompts=PROMPTS, **settings):
+    """Logs and results of the live run and of the simulation of what it recorded."""
+    logs = DecisionLog(keep=True), DecisionLog(keep=True)
+    settings = {"device": "cpu", "max_new_tokens": 6, **settings}
+    path, found, recording, measured = run_live(
+        model, prompts=prompts, policy=policy, budget=Budget(slots=slots), out=out, log=logs[1],
+        spans=True, **settings,
+    )  # fmt: skip
+    setup = LiveSettings(**settings).setup(path)
+    expected, _ = Session(setup).run(policy, Budget(slots=found.slots), log=logs[0])
+    assert recording.spans
+    assert recording.uses.sum() == found.accesses
+    assert len(measured.step_s) == sum(1 for row in recording.steps if row.phase == "decode")
+    return logs, expected, found
+
+
+def assert_alike(logs, expected, found):
+    assert logs[0].sha256() == logs[1].sha256() == found.decisions_sha256
+    assert list(logs[0].numbers) == list(logs[1].numbers)
+    assert len(logs[1].numbers) > 50
+    for name in ("steps", "tokens", "accesses", "held", "missed", "quality", "slots"):
+        assert getattr(expected, name) == getattr(found, name), name
+    assert expected.bytes["demand"] == found.bytes["demand"]
+    assert expected.bounds["belady_missed"] == found.bounds["belady_missed"]
+    assert found.world == "cpu"
+    assert sum(found.breakdown_s.values()) == pytest.approx(found.time["total_s"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("policy", "forecaster", "batch", "slots", "pool"),
+    [
+        ("lru", None, 1, 9, "global"),
+        ("lru", None, 3, 2, "global"),
+        ("predictive", "markov", 2, 12, "global"),
+        ("predictive", None, 1, 12, "global"),
+        ("predictive", "ahead", 3, 12, "layer"),
+        ("mixed", None, 1, 14, "global"),
+        ("mixed:t1=0.3,low_bits=8", "markov", 2, 14, "global"),
+    ],
+)
+def test_the_simulator_decides_alike(tiny, tmp_path, policy, forecaster, batch, slots, pool):
+    out = tmp_path / "live.parquet"
+    logs, expected, found = both(
+        tiny, out, policy, slots, forecaster=forecaster, batch=batch, pool=pool
+    )
+    assert_alike(logs, expected, found)
+    trace = open_trace(out)
+    assert trace.model.name == "tiny-mixtral"
+    assert trace.has_tokens
+    assert trace.has_weights
+    asked = found.policy.get("forecaster", {}).get("name") == "ahead"
+    assert trace.ahead_depth == (3 if asked else 0)
+    # The last token is made but never run.
+    assert [len(s) - s.prefill for s in trace.sequences()] == [5] * len(PROMPTS)
+
+
+def test_the_text_is_that_of_the_plain_model(tiny, tmp_path):
+    """The trace holds the tokens that transformers' own greedy decoding makes."""
+    out = tmp_path / "live.parquet"
+    both(tiny, out, "lru", 6, batch=1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    for text, sequence in zip(PROMPTS, open_trace(out).sequences(), strict=True):
+        ids = tokenizer(text, return_tensors="pt")
+        made = model.generate(**ids, max_new_tokens=6, do_sample=False)
+        np.testing.assert_array_equal(sequence.tokens, made[0, :-1].numpy())
+
+
+def test_alone_a_sequence_stops_at_its_end_and_in_a_batch_it_runs_on(tiny, tmp_path):
+    both(tiny, tmp_path / "free.parquet", "lru", 9)
+    end = int(next(iter(open_trace(tmp_path / "free.parquet").sequences())).tokens[6])
+    stopping = tmp_path / "stopping"
+    stopping.mkdir()
+    for file in tiny.iterdir():
+        (stopping / file.name).write_bytes(file.read_bytes())
+    (stopping / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    lengths = {}
+    for batch in (1, 2):
+        out = tmp_path / f"{batch}.parquet"
+        assert_alike(*both(stopping, out, "lru", 9, batch=batch))
+        lengths[batch] = [len(s) - s.prefill for s in open_trace(out).sequences()]
+    assert lengths[1][0] == 2
+    assert lengths[2] == [5] * len(PROMPTS)
+
+
+def test_a_cache_of_fixed_size_is_used_again(tiny, tmp_path, monkeypatch):
+    """As on a GPU, where decode graphs need one: each prompt is a new sequence all the same."""
+    seen = []
+
+    class Graphs:
+        def suits(self, kwargs):
+            seen.append(id(kwargs["past_key_values"]))
+            return False
+
+        def warm(self, kwargs):
+            seen.append("warm")
+
+    def opened(*arguments, **options):
+        found = open_offloaded(*arguments, **options)
+        found.runner.graphs = Graphs()
+        return found
+
+    plain = both(tiny, tmp_path / "plain.parquet", "predictive", 12, batch=2)
+    monkeypatch.setattr(runtime.live, "open_offloaded", opened)
+    fixed = both(tiny, tmp_path / "fixed.parquet", "predictive", 12, batch=2)
+    assert_alike(*fixed)
+    assert fixed[2].decisions_sha256 == plain[2].decisions_sha256
+    traces = [open_trace(tmp_path / f"{name}.parquet") for name in ("plain", "fixed")]
+    for ours, theirs in zip(*(trace.sequences() for trace in traces), strict=True):
+        np.testing.assert_array_equal(ours.experts, theirs.experts)
+    # One cache for pairs, one for the last prompt alone; each warmed up once.
+    assert seen.count("warm") == 2
+    assert len(set(seen) - {"warm"}) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policy": "belady"}, "needs the future"),
+        ({"policy": "static"}, "popular"),
+        ({"prompts": []}, "no prompts"),
+        ({"prompts": ["w5 " * 60]}, "prompt 1: 60 tokens and 6 new ones"),
+        ({"budget": Budget(slots=1)}, "slots"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"model": "absent"}, "absent: not found"),
+    ],
+)
+def test_what_cannot_run_is_said(tiny, tmp_path, changes, said):
+    out = tmp_path / "x.parquet"
+    options = {
+        "model": tiny, "prompts": PROMPTS, "policy": "lru", "budget": Budget(slots=9),
+        "device": "cpu", "max_new_tokens": 6, "out": out, **changes,
+    }  # fmt: skip
+    with pytest.raises(InputError, match=said):
+        run_live(options.pop("model"), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_store_is_freed_when_a_run_breaks(tiny, tmp_path, monkeypatch):
+    opened = []
+
+    def opening(*arguments, **options):
+        opened.append(open_offloaded(*arguments, **options))
+        return opened[-1]
+
+    def broken(self, step, seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime.live, "open_offloaded", opening)
+    monkeypatch.setattr(runtime.live.RealWorld, "add", broken)
+    with pytest.raises(KeyboardInterrupt):
+        both(tiny, tmp_path / "x.parquet", "lru", 9)
+    assert opened[0].runner.engine.store.size_bytes == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_overrides_what_the_files_say(tiny):
+    model = SimpleNamespace(
+        generation_config=transformers.GenerationConfig(
+            do_sample=True, temperature=0.6, eos_token_id=[3, 1], cache_implementation="static"
+        )
+    )
+    greedy = generation_config(model, Sampling(), 9)
+    assert (greedy.do_sample, greedy.max_new_tokens, greedy.eos_token_id) == (False, 9, [1, 3])
+    assert greedy.cache_implementation is None
+    drawn = generation_config(model, Sampling(0.8, 5, 0.9), 9, stop=False)
+    assert (drawn.do_sample, drawn.temperature, drawn.top_k, drawn.top_p) == (True, 0.8, 5, 0.9)
+    assert drawn.eos_token_id is None
+
+
+def test_validate_judges_a_live_run(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(simctl.COMMANDS, "validate", "reports.cli_validate:validate")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"text": text}) for text in PROMPTS))
+    words = ["validate", "--model", tiny, "--prompts", prompts, "--device", "cpu", "--slots", 12]
+    words += ["--policy", "predictive", "--policy", "mixed", "--forecaster", "markov"]
+    words += ["--max-tokens", 6, "--batch", 2, "--timeline", tmp_path / "both.gz", "--json", "-"]
+    assert simctl.main([*map(str, words)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["mode"] for cell in found["cells"]] == ["live", "live"]
+    for cell in found["cells"]:
+        assert not cell["failed"]
+        assert cell["decisions_equal"]
+        assert cell["demand_bytes_equal"]
+        assert cell["forecaster"] == "markov"
+        assert cell["tpot_gpu_s"] > 0
+    assert (tmp_path / "both.gz").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the trained models in ../shared")
+@pytest.mark.parametrize("name", ["coarse-8x2", "granular-64x8"])
+@pytest.mark.parametrize("policy", ["lru", "predictive", "mixed"])
+def test_a_trained_model_decides_alike(tmp_path, name, policy):
+    lines = (SHARED / "prompts/val.jsonl").read_text().splitlines()[:3]
+    prompts = [json.loads(line)["text"][:200] for line in lines]
+    slots = 16 if name == "coarse-8x2" else 128
+    logs = both(
+        SHARED / "models" / name, tmp_path / "x.parquet", policy, slots, prompts, max_new_tokens=8
+    )
+    assert_alike(*logs)

@@ -1,0 +1,187 @@
+"""The link and the CPU's lanes: order, depth, cancelling, and when a copy is said to be late."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
+pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
+
+from policies.moves import Move  # noqa: E402
+from runtime.bank import SlotBank  # noqa: E402
+from runtime.copier import Copier  # noqa: E402
+from runtime.lanes import HostLanes, lanes_for, random_lag  # noqa: E402
+from runtime.layout import ExpertLayout, LowLayout  # noqa: E402
+from runtime.store import HostStore  # noqa: E402
+from tests.helpers_kernels import experts_module  # noqa: E402
+
+CPU = torch.device("cpu")
+NEVER = 10**9
+
+
+class Link:
+    """A copier from a store whose expert *e* is full of the number *e*, over slow lanes."""
+
+    def __init__(self, lag=NEVER, depth=2, low=0):
+        module = experts_module("concatenated", torch.float32)
+        layout = ExpertLayout.of(module)
+        self.store = HostStore(1, 8, layout, pin=False)
+        names = [part.name for part in layout.parts]
+        self.store.fill(
+            (0, id, {n: torch.full_like(getattr(module, n)[id], id) for n in names})
+            for id in range(8)
+        )
+        if low:
+            self.store.add_low(LowLayout(layout, 8), CPU)
+        self.bank = SlotBank(layout, 4, CPU, low_layout=self.store.low_layout, low=low)
+        self.bank.full.fill_(255)
+        self.lanes = HostLanes(lag=lambda: lag)
+        self.copier = Copier(self.store, self.bank, self.lanes, depth)
+        self.copier.issued = []
+
+    @property
+    def issued(self):
+        return [copied.move.copy for copied in self.copier.issued]
+
+    def holds(self, slot):
+        """The expert whose weights are in *slot*, None while nothing has landed there."""
+        value = float(self.bank.views()["down_proj"][slot].view(-1)[0])
+        return None if value != value else int(value)
+
+
+def prefetch(copy, slot, victim=-1):
+    return Move(copy, slot, victim, demand=False)
+
+
+def demand(copy, slot, victim=-1):
+    return Move(copy, slot, victim, demand=True)
+
+
+def test_demand_overtakes_what_is_not_issued():
+    link = Link()
+    link.copier.prefetch([prefetch(1, 0), prefetch(2, 1), prefetch(3, 2)])
+    assert link.issued == [1, 2]
+    assert len(link.copier) == 1
+    link.copier.demand([demand(4, 3)])
+    assert link.issued == [1, 2, 4]
+    link.copier.wait(4)
+    assert [link.holds(slot) for slot in range(4)] == [1, 2, None, 4]
+    link.copier.poll()
+    assert link.issued == [1, 2, 4, 3]
+
+
+def test_depth():
+    for depth in (1, 3):
+        link = Link(depth=depth)
+        link.copier.prefetch([prefetch(n, n) for n in range(4)])
+        assert link.issued == list(range(depth))
+
+
+def test_a_wanted_prefetch_comes_next():
+    link = Link(depth=1)
+    link.copier.prefetch([prefetch(1, 0), prefetch(2, 1), prefetch(3, 2)])
+    assert link.copier.arriving([3, 1, 7]) == [3, 1]
+    assert link.issued == [1, 3]
+    link.copier.wait(3)
+    assert link.holds(2) == 3
+    link.copier.settle([3, 1])
+    assert link.copier.arriving([3, 1]) == []
+    assert link.issued == [1, 3, 2]
+
+
+def test_landed_is_not_late():
+    link = Link(lag=0)
+    link.copier.prefetch([prefetch(1, 0)])
+    assert link.copier.arriving([1]) == []
+    assert link.holds(0) == 1
+    assert not link.copier.pending
+
+
+def test_a_victim_that_waits_is_cancelled_and_one_that_flies_is_not():
+    link = Link(depth=1)
+    link.copier.prefetch([prefetch(1, 0), prefetch(2, 1)])
+    link.copier.demand([demand(5, 1, victim=2), demand(6, 0, victim=1)])
+    assert link.copier.cancelled == 1
+    assert len(link.copier) == 0
+    assert link.issued == [1, 5, 6]
+    assert not link.copier.pending
+    link.lanes.finish()
+    assert (link.holds(0), link.holds(1)) == (6, 5)
+    size = link.store.layout.size_bytes
+    assert (link.copier.demand_bytes, link.copier.prefetch_bytes) == (2 * size, size)
+
+
+def test_a_prefetch_takes_a_prefetchs_slot():
+    link = Link(depth=1)
+    link.copier.prefetch([prefetch(1, 0), prefetch(2, 1), prefetch(3, 1, victim=2)])
+    assert link.copier.cancelled == 1
+    assert set(link.copier.pending) == {1, 3}
+    link.lanes.finish()
+    link.copier.poll()
+    link.copier.poll()
+    link.lanes.finish()
+    assert (link.holds(0), link.holds(1)) == (1, 3)
+
+
+def test_coming_back_after_losing_the_slot_in_flight():
+    """The old copy of an expert must not pass for the new one."""
+    link = Link()
+    link.copier.prefetch([prefetch(1, 0)])
+    link.copier.demand([demand(4, 0, victim=1)])
+    link.copier.prefetch([prefetch(1, 2)])
+    assert link.copier.arriving([1]) == [1]
+    link.copier.wait(1)
+    assert (link.holds(0), link.holds(2)) == (4, 1)
+
+
+def test_low_copies_carry_their_own_bytes():
+    link = Link(low=2)
+    low = link.store.low_layout
+    link.copier.demand([demand(8 + 3, 4)])
+    link.copier.prefetch([prefetch(8 + 5, 5)])
+    link.lanes.finish()
+    assert torch.equal(link.bank.low[0, : low.size_bytes], link.store.low[3][: low.size_bytes])
+    assert torch.equal(link.bank.low[1, : low.size_bytes], link.store.low[5][: low.size_bytes])
+    assert link.copier.demand_bytes == link.copier.prefetch_bytes == low.size_bytes
+
+
+def test_waiting_for_what_nobody_moves_is_nothing():
+    link = Link()
+    link.copier.wait(3)
+    link.copier.settle([3])
+    assert link.issued == []
+
+
+def test_host_lanes_land_when_asked_often_enough():
+    lanes = HostLanes(lag=lambda: 2)
+    target, source = torch.zeros(4), torch.ones(4)
+    begin, end = lanes.copy(target, source)
+    assert [lanes.passed(end) for _ in range(3)] == [False, False, True]
+    assert target.tolist() == [1.0] * 4
+    assert lanes.passed(begin)
+    assert 0 < lanes.read(begin) <= lanes.read(end) <= lanes.now()
+
+
+def test_host_lanes_land_in_order():
+    lanes = HostLanes(lag=lambda: NEVER)
+    one, two = torch.zeros(1), torch.zeros(1)
+    lanes.copy(one, torch.ones(1))
+    _, end = lanes.copy(two, torch.ones(1))
+    assert not lanes.passed(end)
+    lanes.compute_after(end)
+    assert (float(one), float(two)) == (1.0, 1.0)
+    # A later copy to the same place overwrites, however often the first is asked about.
+    lanes.copy(one, torch.full((1,), 5.0))
+    lanes.finish()
+    assert float(one) == 5.0
+
+
+def test_random_lag_repeats():
+    draws = [[random_lag(seed, 9)() for _ in range(1)] for seed in (1, 1)]
+    assert draws[0] == draws[1]
+    lag = random_lag(4, 3)
+    assert {lag() for _ in range(200)} == {0, 1, 2, 3}
+
+
+def test_the_cpu_has_host_lanes():
+    assert isinstance(lanes_for(CPU), HostLanes)

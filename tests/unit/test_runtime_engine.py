@@ -1,0 +1,184 @@
+"""The engine event by event: waves, substitutes, low precision, and what the table says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
+pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
+
+import numpy as np  # noqa: E402
+
+from policies.base import Context, Service, Substitute  # noqa: E402
+from policies.builtin.lru import LRU  # noqa: E402
+from policies.planner import NOTHING, Planner  # noqa: E402
+from policies.routing import DECODE, Routing, Step  # noqa: E402
+from runtime.bank import ABSENT, SlotBank  # noqa: E402
+from runtime.engine import Engine  # noqa: E402
+from runtime.lanes import HostLanes  # noqa: E402
+from tests.helpers_stress import store_of  # noqa: E402
+
+EXPERTS = 6
+NEVER = 10**9
+
+
+class Scripted(LRU):
+    """Serves by *services*, and prefetches *fetch* before the first layer."""
+
+    name = "scripted"
+    exact = False
+    low_bits = 4
+
+    def __init__(self, services=None, fetch=(), low_share=0.0):
+        self.services, self.fetch = services or {}, fetch
+        self.low_share = low_share
+
+    def serve(self, routing, missed):
+        return {e: self.services[e] for e in missed if e in self.services}
+
+    def plan_step(self, step, forecast):
+        return self.fetch
+
+
+class Run:
+    """An engine on the CPU whose copies land only when somebody waits for them."""
+
+    def __init__(self, policy, slots, lag=NEVER, layers=2):
+        bits = policy.low_bits if policy.low_share else 0
+        store = store_of(layers, EXPERTS, bits)
+        low = store.low_layout
+        share = low.size_bytes / store.layout.size_bytes if low else 0.0
+        self.planner = Planner(policy, Context(layers, EXPERTS, 2, slots), low_bytes_share=share)
+        cache = self.planner.cache
+        bank = SlotBank(
+            store.layout, cache.full_slots, torch.device("cpu"), low_layout=low,
+            low=cache.low_slots,
+        )  # fmt: skip
+        self.lanes = HostLanes(lag=lambda: lag)
+        self.engine = Engine(self.planner, store, bank, self.lanes)
+        self.steps = 0
+        self.layers = layers
+
+    def begin(self):
+        step = Step(self.steps, DECODE, 1)
+        step._experts = np.zeros((1, self.layers, 2), dtype=np.int16)
+        self.steps += 1
+        self.engine.begin(step)
+        return step
+
+    def event(self, step, layer, ids):
+        """What each call to compute would have read: {expert: slot} by the table."""
+        engine = self.engine
+        experts = [layer * EXPERTS + id for id in ids]
+        routing = Routing(step, layer, experts, engine.events)
+        plan, late = engine.decide(routing)
+        groups = []
+
+        def compute(only):
+            row = engine.table.slots[layer].tolist()
+            groups.append(
+                {id: row[id] for id in ids if row[id] != ABSENT and only in (-1, row[id])}
+            )
+
+        def cpu(on_cpu):
+            groups.append({e % EXPERTS: "cpu" for e in on_cpu})
+
+        engine.in_groups(routing, plan, late, compute, cpu)
+        engine.after(plan, late)
+        return SimpleNamespace(plan=plan, late=late, groups=groups)
+
+    def each_once(self, found, ids):
+        """That every expert was computed exactly once."""
+        seen = [id for group in found.groups for id in group]
+        assert sorted(seen) == sorted(ids), found.groups
+
+
+def test_held_first_then_each_as_it_lands():
+    run = Run(LRU(), slots=4)
+    step = run.begin()
+    first = run.event(step, 0, [1, 3])
+    assert first.groups == [{1: 0}, {3: 1}]
+    run.event(step, 1, [0])
+    second = run.event(run.begin(), 0, [1, 2, 3])
+    assert second.groups == [{1: 0, 3: 1}, {2: 3}]
+    third = run.event(run.begin(), 0, [1, 2, 3])
+    assert third.plan is NOTHING
+    assert third.groups == [{1: 0, 2: 3, 3: 1}]
+    assert run.engine.accesses == 2 + 1 + 3 + 3
+
+
+def test_waves_compute_everything_once():
+    run = Run(LRU(), slots=2)
+    found = run.event(run.begin(), 0, [0, 1, 2, 3, 4])
+    assert len(found.plan.waves) == 3
+    run.each_once(found, [0, 1, 2, 3, 4])
+    again = run.event(run.begin(), 0, [3, 4])
+    run.each_once(again, [3, 4])
+
+
+def test_a_substitute_whose_slot_goes_to_a_later_wave():
+    """Who was read from another's slot must not be computed again when that slot is refilled."""
+    run = Run(Scripted({2: Substitute(1)}, fetch=(1,)), slots=1)
+    found = run.event(run.begin(), 0, [0, 2, 4])
+    assert [len(wave) for wave in found.plan.waves] == [0, 1, 1]
+    run.each_once(found, [0, 2, 4])
+
+
+def test_a_low_copy_whose_slot_goes_to_a_later_wave():
+    services = dict.fromkeys(range(EXPERTS), Service.LOW)
+    policy = Scripted(services, low_share=0.5)
+    policy.low_bits = 8
+    run = Run(policy, slots=2)
+    low_slots = run.planner.cache.low_slots
+    assert 0 < low_slots < EXPERTS
+    found = run.event(run.begin(), 0, list(range(EXPERTS)))
+    assert len(found.plan.waves) == -(-EXPERTS // low_slots)
+    run.each_once(found, list(range(EXPERTS)))
+
+
+def test_a_late_copy_that_stands_in_for_several_lands_once():
+    run = Run(Scripted({2: Substitute(1), 3: Substitute(1)}, fetch=(1,)), slots=4)
+    found = run.event(run.begin(), 0, [1, 2, 3])
+    assert found.late == [1]
+    assert run.engine.late == 1
+    assert found.groups == [{1: 0, 2: 0, 3: 0}]
+
+
+def test_borrowing_ends_with_the_event():
+    run = Run(Scripted({2: Substitute(1)}, fetch=(1,)), slots=3)
+    run.event(run.begin(), 0, [1, 2])
+    run.engine.table.flush()
+    assert run.engine.table.slots[0].tolist() == [ABSENT, 0] + [ABSENT] * 4
+
+
+def test_skipped_and_cpu():
+    run = Run(Scripted({0: Service.SKIP, 1: Service.CPU}), slots=3)
+    found = run.event(run.begin(), 0, [0, 1, 2])
+    assert found.groups == [{2: 0}, {1: "cpu"}]
+    assert not run.engine.whole(found.plan)
+
+
+def test_late_prefetches_count_once_and_are_waited_for():
+    run = Run(Scripted(fetch=(0, 7, 8)), slots=5)
+    step = run.begin()
+    found = run.event(step, 0, [0, 1])
+    assert found.late == [0]
+    assert found.groups == [{0: 0}, {1: 3}]
+    found = run.event(step, 1, [1, 2])
+    assert run.engine.late == 1 + len(found.late)
+    run.each_once(found, [1, 2])
+
+
+def test_hidden_experts_come_back():
+    run = Run(LRU(), slots=4)
+    step = run.begin()
+    routing = Routing(step, 0, [1, 2], 0)
+    plan, late = run.engine.decide(routing)
+    run.engine.in_groups(routing, plan, late, lambda only: None, lambda experts: None)
+    run.engine.hide(routing)
+    assert run.engine.table.slots[0].tolist() == [ABSENT] * EXPERTS
+    run.engine.after(plan, late)
+    run.engine.table.flush()
+    assert run.engine.table.slots[0].tolist() == [ABSENT, 0, 1] + [ABSENT] * 3
