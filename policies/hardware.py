@@ -174,9 +174,7 @@ class Software:
     )
     dense_efficiency: float = 1.0
     kv_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
-    kv_token_s: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"least": 0}
-    )
+    kv_token_s: Mapping[str, float] = field(default_factory=dict, hash=False, metadata={"least": 0})
 
 
 @dataclass(frozen=True)

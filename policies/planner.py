@@ -94,6 +94,8 @@ class Planner:
         self._on_route, self._victims = policy.on_route, policy.victims
         self._ledger_place = self.cache.place
         self._waiting: set[int] = set()
+        #: Prefetches a policy may name at once: every copy of every expert, twice over.
+        self._patience = 4 * context.total + 64
         self.counts: Counter[str] = Counter()
         self.quality: defaultdict[str, float] = defaultdict(float)
         try:
@@ -261,7 +263,11 @@ class Planner:
 
     def _prefetch(self, wanted: Iterable[int], record: list[int]) -> list[Move]:
         moves = []
+        patience = self._patience
         for copy in wanted:
+            patience -= 1
+            if patience < 0:
+                raise self._refusal("names prefetches without end")
             if copy in self._slot_of:
                 continue
             if type(copy) is not int and not isinstance(copy, np.integer):

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import GenerationConfig, StaticCache, TextStreamer
 
 from policies.base import Policy
-from policies.routing import Routing, Step
+from policies.routing import Step
 from runtime.capture import end_tokens
 from runtime.families import model_spec
 from runtime.load import find_folder, fitting, load_tokenizer, read_config
 from runtime.offloading import offload
 from runtime.runner import Runner
 from runtime.sampling import Sampling
-from runtime.steps import Answer, Floats, Ints, LiveSteps
+from runtime.steps import Ints, LiveSteps
 from runtime.store import Loaded
 from runtime.streaming import open_checkpoint
 from traces.errors import InputError, first_line
@@ -41,11 +41,7 @@ def no_progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
 
 
 class KeptSteps(LiveSteps):
-    """Steps whose routing is kept, told to policies exactly as a trace will hold it.
-
-    Gate weights lie in a trace as float16: a policy that saw more of them would decide other
-    things here than in a simulation of the trace.
-    """
+    """Steps whose routing is kept, and which ran last."""
 
     def __init__(self, spec: ModelSpec, *, ahead: int) -> None:
         super().__init__(spec, ahead=ahead, keep=True)
@@ -55,14 +51,6 @@ class KeptSteps(LiveSteps):
     def begin(self, tokens: Ints, real: Any, fresh: bool) -> Step:
         self.last = super().begin(tokens, real, fresh)
         return self.last
-
-    def route(self, step: Step, layer: int, answer: Answer, event: int) -> Routing:
-        weights: Floats | None = answer.weights
-        if weights is not None:
-            # A new answer: the graphs read theirs into the same one again and again.
-            rounded = weights.astype("float16").astype("float32")
-            answer = Answer(answer.experts, rounded, answer.ahead)
-        return super().route(step, layer, answer, event)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class DecodeGraphs:
         self._met: set[Any] = set()
         self._stream: Any = None
         self._broken = False
+        #: Chains captured since the start, those of caches that are gone included.
+        self.captured = 0
 
     def suits(self, kwargs: dict[str, Any]) -> bool:
         """Whether a pass can be replayed: static cache, no gradients, shapes met before.
@@ -109,6 +111,7 @@ class DecodeGraphs:
             )
             return None
         self._chains[key] = chain
+        self.captured += 1
         weakref.finalize(cache, _forget, weakref.ref(self), key[0])
         return chain
 

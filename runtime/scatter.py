@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """One Triton kernel: changes of the expert table, read from pinned host memory."""
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ class ReplaySession(TraceSession):
         log: DecisionLog | None = None,
     ) -> tuple[Result, Recording | None, Measured]:
         """Run one policy over the trace on the device; arguments as in the simulator's run."""
-        self.open()
         prepared = self.prepare(policy_text, budget, log=log)
+        self.open()
         _forget_peaks(self.device)
         with fitting(self.device):
             world, memory = self._run(prepared, watch)

@@ -88,7 +88,7 @@ class LiveSteps:
         if weights is not None and rows is not None:
             weights = weights[rows]
         if weights is not None:
-            chosen, weights = _falling(chosen, weights)
+            chosen, weights = _falling(chosen, _as_kept(weights))
             if step._weights is None:
                 shape = (step.size, self._layers, self._k)
                 step._weights = np.zeros(shape, dtype=np.float32)
@@ -119,6 +119,12 @@ class LiveSteps:
         """What was kept, as the sequences of a trace, in order."""
         for sequence, steps in (self._kept or {}).items():
             yield _sequence(sequence, [step for step, _ in steps])
+
+
+def _as_kept(weights: Floats) -> Floats:
+    """Gate weights as a trace holds them: a policy that saw more would decide otherwise there."""
+    kept: Floats = weights.astype(np.float16).astype(np.float32)
+    return kept
 
 
 def _falling(chosen: Ints, weights: Floats) -> tuple[Ints, Floats]:

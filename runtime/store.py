@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ class PinnedBlock:
         except (OSError, ValueError, OverflowError) as error:
             raise self._refusal(size_bytes, "host", str(error)) from None
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._pinned = False
+        self._let_go: Any = None
         if pin:
             self._pin(size_bytes)
 
@@ -54,7 +55,9 @@ class PinnedBlock:
         code = int(_cudart().cudaHostRegister(self.bytes.data_ptr(), size_bytes, 0))
         if code:
             raise self._refusal(size_bytes, "pinned host", f"CUDA error {code}")
-        self._pinned = True
+        # Memory that stays registered after it is freed would spoil what comes to lie there.
+        address = self.bytes.data_ptr()
+        self._let_go = weakref.finalize(self, _unregister, address, self._memory)
 
     def _refusal(self, size_bytes: int, kind: str, why: str) -> OffloadError:
         return OffloadError(
@@ -66,10 +69,14 @@ class PinnedBlock:
 
     def close(self) -> None:
         """Unpin and free; the block's tensors must not be used any more."""
-        if self._pinned:
-            _cudart().cudaHostUnregister(self.bytes.data_ptr())
-            self._pinned = False
+        if self._let_go is not None:
+            self._let_go()
         self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+def _unregister(address: int, memory: mmap.mmap) -> None:
+    """Let CUDA forget *memory*, which lies at *address* and lives until then."""
+    _cudart().cudaHostUnregister(address)
 
 
 def _cudart() -> Any:

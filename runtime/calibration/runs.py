@@ -220,7 +220,7 @@ def measure_runs(
     with sessions(DEEP, BATCHES, device) as found:
         deep_s = quiet_step_s(found[1])
         rest_s = rest_of_step((SHALLOW.layers, DEEP.layers), (shallow_s, deep_s))
-        runs = timed_runs(found, names, BUDGETS, advance)
+        runs = timed_runs(found, names, BUDGETS[:2] if bench.quick else BUDGETS, advance)
     bench.free()
     small = Quiet(rest_s, _with_answer(layers_s(DEEP, BATCHES, bench), around))
     with sessions(HEAVY, (1,), device) as found:

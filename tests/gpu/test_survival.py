@@ -34,7 +34,8 @@ LARGE = {"hidden_size": 256, "intermediate_size": 4096}
 
 def allocated():
     """GPU bytes in use once everything that can be has been given back."""
-    gc.collect()
+    for _ in range(3):  # finalizers leave more to collect
+        gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
@@ -49,7 +50,7 @@ def all_is_given_back():
     del warm
     before = allocated()
     yield
-    assert allocated() == before
+    assert allocated() <= before
 
 
 def generate(model, tokens=5, **options):
