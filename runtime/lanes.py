@@ -34,6 +34,8 @@ class Lanes(ABC):
     """One device with a computing lane and a copy lane that run beside each other."""
 
     device: torch.device
+    #: Whether the beginning of each copy is marked too.
+    timed = False
 
     def enter(self) -> None:
         """A step begins: what computes now is the computing lane."""
@@ -85,12 +87,12 @@ class Lanes(ABC):
 class CudaLanes(Lanes):
     """The current CUDA stream computes, a stream of its own copies.
 
-    With *timed* every mark can be read; without, marks cost less and read as 0.
+    With *timed* marks can be read and copies are marked; without, marks read as 0.
     """
 
     def __init__(self, device: torch.device, *, timed: bool = False) -> None:
         self.device = device
-        self.timed = timed
+        self.timed = self._timing = timed
         cuda: Any = torch.cuda
         self._copies = cuda.Stream(device)
         self._copy_handle = int(self._copies.cuda_stream)
@@ -144,7 +146,7 @@ class CudaLanes(Lanes):
         self._copies.wait_stream(self._compute)
 
     def read(self, mark: Mark) -> float:
-        return float(self._origin.elapsed_time(mark.event)) * 1e-3 if self.timed else 0.0
+        return float(self._origin.elapsed_time(mark.event)) * 1e-3 if self._timing else 0.0
 
     def finish(self) -> None:
         self._compute.synchronize()

@@ -188,6 +188,7 @@ class _LiveRun:
                     gc.collect()
                     advance(len(group))
             engine.lanes.finish()
+            world.finish()
         return world, recording, _peak_bytes(device)
 
     def _costs(self) -> Costs:
@@ -204,6 +205,8 @@ class _LiveRun:
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             lanes.finish()
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            world.begin(decoding=ids.shape[1] == 1)
             begun = lanes.now()
             output = inner(*args, **kwargs)
             output.logits[:, -1].argmax(dim=-1).cpu()

@@ -10,7 +10,7 @@ from policies.costs import Costs
 from policies.planner import Plan, Planner
 from policies.recording import Recording
 from policies.result import CAUSES
-from policies.routing import DECODE, Routing, Step
+from policies.routing import DECODE, PREFILL, Routing, Step
 from runtime.copier import Copied, Copier
 from runtime.engine import Engine
 from runtime.stopwatch import by_cause
@@ -36,29 +36,43 @@ class Measured:
     step_s: list[float] = field(default_factory=list)
 
 
+#: Every how many decode steps one is marked: marks cost host time of their own.
+MARK_EVERY = 16
+
+
 class RealWorld:
-    """Adds up the steps of a run; a finished :class:`policies.outcome.World`."""
+    """Adds up the steps of a run; a finished :class:`policies.outcome.World`.
+
+    Prefill steps and one in *mark_every* decode steps (0: none; all while *recording*) are
+    marked, stretch by stretch: they say by which causes the time of all steps is split.
+    Call :meth:`begin` before a step, :meth:`add` after it, :meth:`finish` at the end.
+    """
 
     def __init__(
-        self, engine: Engine, costs: Costs, kind: str, recording: Recording | None = None
+        self,
+        engine: Engine,
+        costs: Costs,
+        kind: str,
+        recording: Recording | None = None,
+        mark_every: int = MARK_EVERY,
     ) -> None:
         self.kind = kind
         self.engine, self.costs = engine, costs
         self.planner: Planner = engine.planner
         self.link: Copier = engine.copier
-        if engine.watch.on:
-            self.link.issued = []
         self.recording = recording
+        self._mark_every = 1 if recording is not None else mark_every
+        self._marked = False
+        self._open: list[Copied] = []
         self.steps = self.accesses = self.late = 0
         self.decode_tokens = self.prefill_tokens = 0
         self.prefill_s = 0.0
         self.decode_step_s = array("d")
         self.decode_step_tokens = array("q")
-        self.decode_parts_s = [0.0] * len(CAUSES)
-        self._parts = [0.0] * len(CAUSES)
-        self._total_s = 0.0
+        #: Seconds by cause of the marked steps of each phase.
+        self._parts = {phase: [0.0] * len(CAUSES) for phase in (PREFILL, DECODE)}
         self._stall_s = self._stall_busy_s = 0.0
-        self._bytes = 0
+        self._busy_s, self._bytes = 0.0, 0
         self._epoch: float | None = None
         self._link_end_s = 0.0
         self._events = (0, 0, 0)
@@ -68,17 +82,40 @@ class RealWorld:
     @property
     def total_s(self) -> float:
         """Seconds of all steps; what lies between them is not part of a run."""
-        return self._total_s
+        return self.prefill_s + sum(self.decode_step_s)
 
     @property
     def parts_s(self) -> list[float]:
         """The total by cause."""
-        return self._parts
+        prefill = self._shared(PREFILL, self.prefill_s)
+        decode = self._shared(DECODE, sum(self.decode_step_s))
+        return [a + b for a, b in zip(prefill, decode, strict=True)]
+
+    @property
+    def decode_parts_s(self) -> list[float]:
+        """The decode steps by cause, each counted once for each of its tokens."""
+        times = zip(self.decode_step_s, self.decode_step_tokens, strict=True)
+        return self._shared(DECODE, sum(seconds * tokens for seconds, tokens in times))
+
+    def _shared(self, phase: str, seconds: float) -> list[float]:
+        """*seconds* of a phase, split as its marked steps were; all the host's without any."""
+        parts = self._parts[phase]
+        whole = sum(parts)
+        if not whole:
+            return [seconds if cause == "host" else 0.0 for cause in CAUSES]
+        return [part / whole * seconds for part in parts]
 
     @property
     def compute_bound_s(self) -> float:
         """Seconds in which the device computed: what is left with everything resident."""
-        return sum(self._parts[:2])
+        return sum(self.parts_s[:2])
+
+    def begin(self, decoding: bool) -> None:
+        """A step, *decoding* or not, is about to run, the device being idle: mark it or not."""
+        every, decoded = self._mark_every, len(self.decode_step_s)
+        self._marked = every > 0 and (not decoding or decoded % every == every // 2)
+        self.engine.watch.on = self.engine.lanes.timed = self._marked
+        self.link.issued = [] if self._marked else None
 
     def _note(self, routing: Routing, plan: Plan, late: Sequence[int]) -> None:
         """One event, for the recording."""
@@ -96,34 +133,35 @@ class RealWorld:
 
     def add(self, step: Step, seconds: float) -> None:
         """*step* is over, on the device too, and took *seconds* on the host's clock."""
-        stretches = self.engine.watch.stretches()
-        parts = by_cause(stretches)
-        # What no stretch covers: the host before the first mark and after the last.
-        parts["host"] += max(0.0, seconds - sum(parts.values()))
-        copies = self._copies()
-        self._weigh_stalls(stretches, copies)
-        values = [parts[cause] for cause in CAUSES]
-        self._parts = [a + b for a, b in zip(self._parts, values, strict=True)]
-        self._total_s += seconds
         self.steps += 1
         self.accesses, self.late = self.engine.accesses, self.engine.late
         if step.phase == DECODE:
             self.decode_tokens += step.size
             self.decode_step_s.append(seconds)
             self.decode_step_tokens.append(step.size)
-            for i, value in enumerate(values):
-                self.decode_parts_s[i] += value * step.size
         else:
             self.prefill_tokens += step.size
             self.prefill_s += seconds
+        if self._marked:
+            self._add_marked(step, seconds)
+
+    def _add_marked(self, step: Step, seconds: float) -> None:
+        stretches = self.engine.watch.stretches()
+        parts = by_cause(stretches)
+        # What no stretch covers: the host before the first mark and after the last.
+        parts["host"] += max(0.0, seconds - sum(parts.values()))
+        copies = self._copies()
+        self._weigh_stalls(stretches, copies)
+        marked = self._parts[step.phase]
+        for i, cause in enumerate(CAUSES):
+            marked[i] += parts[cause]
         if self.recording is not None:
             self._record(step, seconds, parts, stretches, copies)
 
     def _copies(self) -> list[tuple[Copied, Span]]:
-        """The copies issued since the last step, with the link's time for each."""
-        lanes, found = self.engine.lanes, []
-        waiting = []
-        for copied in self.link.issued or ():
+        """The copies of marked steps that have landed since, with the link's time for each."""
+        lanes, found, waiting = self.engine.lanes, [], []
+        for copied in [*self._open, *(self.link.issued or ())]:
             if not lanes.passed(copied.end):
                 waiting.append(copied)
                 continue
@@ -131,12 +169,16 @@ class RealWorld:
             begin = max(lanes.read(copied.begin), self._link_end_s)
             self._link_end_s = end
             found.append((copied, (begin, end)))
-            self.link.busy_s += max(0.0, end - begin)
+            self._busy_s += max(0.0, end - begin)
             self._bytes += self.link.size_of(copied.move)
-        if self.link.issued is not None:
-            self.link.issued = waiting
+        self._open = waiting
         lanes.recycle([copied.begin for copied, _ in found])
         return found
+
+    def finish(self) -> None:
+        """The run is over: what the link was busy for follows from all that it carried."""
+        carried = self.link.demand_bytes + self.link.prefetch_bytes
+        self.link.busy_s = carried * self._busy_s / self._bytes if self._bytes else 0.0
 
     def _weigh_stalls(
         self, stretches: list[tuple[str, float, float]], copies: list[tuple[Copied, Span]]
@@ -147,31 +189,13 @@ class RealWorld:
                 self._stall_s += end - begin
                 self._stall_busy_s += sum(_overlap((begin, end), span) for span in spans)
 
-    def explain(self, timed: RealWorld) -> None:
-        """Split this run's time as *timed* did, which ran some of the same steps with marks.
-
-        Marks cost host time that a run without them does not spend: times are taken from the
-        one, shares from the other.
-        """
-        whole = sum(timed.parts_s) or 1.0
-        self._parts = [part / whole * self._total_s for part in timed.parts_s]
-        decoded = sum(timed.decode_parts_s) or 1.0
-        times = zip(self.decode_step_s, self.decode_step_tokens, strict=True)
-        total = sum(seconds * tokens for seconds, tokens in times)
-        self.decode_parts_s = [part / decoded * total for part in timed.decode_parts_s]
-        carried = self.link.demand_bytes + self.link.prefetch_bytes
-        rate = timed._bytes / timed.link.busy_s if timed.link.busy_s else 0.0
-        self.link.busy_s = carried / rate if rate else 0.0
-        self._bytes = carried
-        self._stall_s, self._stall_busy_s = timed._stall_s, timed._stall_busy_s
-
     def measured(self) -> Measured:
         """The link's figures; memory is the caller's to fill in."""
         return Measured(
             link_busy_of_stall=min(1.0, self._stall_busy_s / self._stall_s)
             if self._stall_s
             else 1.0,
-            link_bytes_per_s=self._bytes / self.link.busy_s if self.link.busy_s else 0.0,
+            link_bytes_per_s=self._bytes / self._busy_s if self._busy_s else 0.0,
             step_s=list(self.decode_step_s),
         )
 

@@ -60,6 +60,7 @@ class Replay:
                 self._rewind()
             sequences = ids
             self._run_step(step, world)
+        world.finish()
 
     def close(self) -> None:
         """Take the hooks off the model and forget its caches."""
@@ -79,6 +80,7 @@ class Replay:
         if isinstance(hook.maths, Reference):
             hook.maths.decoding = decoding
         engine.lanes.finish()
+        world.begin(decoding)
         begun = engine.lanes.now()
         engine.lanes.enter()
         engine.watch.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import resource
 from collections.abc import Callable, Iterable
-from itertools import islice
 
 import torch
 
@@ -22,16 +21,12 @@ from runtime.hook import uninstall
 from runtime.lanes import lanes_for
 from runtime.layout import LowLayout
 from runtime.load import fitting, pick_device
-from runtime.measuring import Measured, RealWorld
+from runtime.measuring import MARK_EVERY, Measured, RealWorld
 from runtime.offloading import Options, make_hook
 from runtime.replay import Replay
 from runtime.replay_model import ReplayModel
 
 __all__ = ["Measured", "ReplaySession"]
-
-
-#: Steps that are run once more with marks, to learn where the time goes.
-MARKED_STEPS = 40
 
 
 class ReplaySession(TraceSession):
@@ -82,10 +77,11 @@ class ReplaySession(TraceSession):
         """Run one policy over the trace on the device; arguments as in the simulator's run."""
         prepared = self.prepare(policy_text, budget, log=log)
         self.open()
+        context = prepared.planner.context
+        recording = Recording(context, with_spans=spans) if record or spans else None
         _forget_peaks(self.device)
         with fitting(self.device):
-            world, memory = self._run(prepared, watch)
-            recording = self._explain(world, policy_text, budget, record, spans)
+            world, memory = self._run(prepared, watch, recording)
         result = result_of(self, world)
         measured = world.measured()
         measured.gpu_peak_bytes, measured.host_peak_bytes = memory, _host_peak_bytes()
@@ -98,28 +94,13 @@ class ReplaySession(TraceSession):
         )
         return result, recording, measured
 
-    def _explain(
-        self, world: RealWorld, policy_text: str, budget: Budget, record: bool, spans: bool
-    ) -> Recording | None:
-        """Run the first steps once more with marks, to split the time of *world* by cause."""
-        prepared = self.prepare(policy_text, budget)
-        context = prepared.planner.context
-        recording = Recording(context, with_spans=spans) if record or spans else None
-
-        def few(steps: Iterable[Step]) -> Iterable[Step]:
-            return islice(steps, MARKED_STEPS)
-
-        marked, _ = self._run(prepared, few, timed=True, recording=recording)
-        world.explain(marked)
-        return recording
-
     def _run(
         self,
         prepared: Prepared,
         watch: Callable[[Iterable[Step]], Iterable[Step]],
-        *,
-        timed: bool = False,
         recording: Recording | None = None,
+        *,
+        mark_every: int = MARK_EVERY,
     ) -> tuple[RealWorld, int]:
         real, planner = self.real, prepared.planner
         assert real is not None
@@ -130,10 +111,9 @@ class ReplaySession(TraceSession):
         bank = SlotBank(
             real.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
         )
-        engine = Engine(planner, store, bank, lanes_for(self.device, timed=timed), self.setup.depth)
-        engine.watch.on = timed
+        engine = Engine(planner, store, bank, lanes_for(self.device, timed=True), self.setup.depth)
         kind = "gpu" if self.device.type == "cuda" else self.device.type
-        world = RealWorld(engine, prepared.costs, kind, recording)
+        world = RealWorld(engine, prepared.costs, kind, recording, mark_every)
         hook = make_hook(real.model, real.gates, engine, self.options)
         replay = Replay(real.model, hook, self.model, self.options, self.batches())
         try:

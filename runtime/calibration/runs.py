@@ -100,12 +100,12 @@ HEAVY = Shape(layers=5, hidden=1536, intermediate=768, tokens=64)
 
 
 class _Session(ReplaySession):
-    """Runs of a trace that are timed by step and not explained."""
+    """Runs of a trace that are timed by step and not marked."""
 
     def step_s(self, policy: str, cache: str) -> list[float]:
         """Seconds of each decode step under *policy*."""
         with fitting(self.device):
-            world, _ = self._run(self.prepare(policy, Budget(cache=cache)), iter)
+            world, _ = self._run(self.prepare(policy, Budget(cache=cache)), iter, mark_every=0)
         return list(world.decode_step_s)
 
     def counts(self, policy: str, cache: str) -> list[StepCounts]:
