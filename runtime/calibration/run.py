@@ -26,18 +26,22 @@ from runtime.calibration.experts import (
 from runtime.calibration.fits import Line, Thinking, significant
 from runtime.calibration.hosts import in_profile, typical
 from runtime.calibration.kernels import Graphs, Rates, measure_graphs, measure_rates
-from runtime.calibration.models import (
-    FAMILIES,
-    TYPICAL,
+from runtime.calibration.launches import (
     Launches,
+    measure_launches,
+)
+from runtime.calibration.models import (
     Layers,
     Reads,
-    measure_launches,
     measure_layers,
     measure_workspace,
 )
 from runtime.calibration.policies import measure_policies
 from runtime.calibration.runs import Runs, measure_runs
+from runtime.calibration.shapes import (
+    FAMILIES,
+    TYPICAL,
+)
 from runtime.calibration.toml import dumps
 from traces.writing import replacing
 

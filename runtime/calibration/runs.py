@@ -32,7 +32,10 @@ from runtime.calibration.hosts import (
     rest_of_step,
 )
 from runtime.calibration.kernels import Graphs
-from runtime.calibration.models import layer_graphs_s, woken_s
+from runtime.calibration.models import (
+    layer_graphs_s,
+    woken_s,
+)
 from runtime.dimensions import fit_dimensions
 from runtime.load import fitting
 from runtime.session import ReplaySession

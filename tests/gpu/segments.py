@@ -22,7 +22,12 @@ import torch
 
 from runtime.calibration.bench import Bench
 from runtime.calibration.experts import swiglu_layout
-from runtime.calibration.models import Decoding, _segments, middle_dimensions, offloaded
+from runtime.calibration.models import _segments
+from runtime.calibration.shapes import (
+    Decoding,
+    middle_dimensions,
+    offloaded,
+)
 from runtime.kernels import FusedExperts
 from runtime.kernels.gating import Gating
 from runtime.lanes import CudaLanes, Mark

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 from policies.costs import Costs  # noqa: E402
 from policies.hardware import load_profile  # noqa: E402
 from runtime.calibration.bench import Bench  # noqa: E402
-from runtime.calibration.models import (  # noqa: E402
+from runtime.calibration.shapes import (  # noqa: E402
     FAMILIES,
     Decoding,
     offloaded,

@@ -53,25 +53,27 @@ from runtime.calibration.kernels import (  # noqa: E402
     measure_graphs,
     round_trip_parts,
 )
+from runtime.calibration.launches import Launches  # noqa: E402
 from runtime.calibration.models import (  # noqa: E402
+    Layers,
+    Reads,
+    kv_time,
+    layer_graphs_s,
+    woken_s,
+)
+from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
+from runtime.calibration.runs import Runs, Shape, sessions, timed_runs  # noqa: E402
+from runtime.calibration.shapes import (  # noqa: E402
     FAMILIES,
     LONG_CACHE,
     PUBLISHED,
     SHORT_CACHE,
     Decoding,
-    Launches,
-    Layers,
-    Reads,
-    kv_time,
-    layer_graphs_s,
     middle_dimensions,
     offloaded,
     tiny_dimensions,
     with_published_heads,
-    woken_s,
 )
-from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
-from runtime.calibration.runs import Runs, Shape, sessions, timed_runs  # noqa: E402
 from runtime.calibration.toml import dumps  # noqa: E402
 from runtime.steps import ReplayedSteps  # noqa: E402
 from tests.helpers import random_trace, simulate  # noqa: E402
