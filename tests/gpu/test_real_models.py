@@ -66,16 +66,19 @@ def _prompts(folder: Path, count: int) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def plain():
     """Makes a :class:`Plain` for a model and device, once."""
-    made: dict[tuple[str, str], Plain] = {}
+    made: dict[tuple[str, str, str, str], Plain] = {}
 
-    def make(name: str, device: str) -> Plain:
-        if (name, device) not in made:
-            model = load_model(MODELS / name, device=device)
+    def make(name: str, device: str, dtype: str = "auto", kernel: str = "") -> Plain:
+        if (name, device, dtype, kernel) not in made:
+            model = load_model(MODELS / name, dtype=dtype, device=device)
+            if kernel:
+                model.set_experts_implementation(kernel)
             prompts = _prompts(MODELS / name, TEXTS[device])
             assert len(prompts) == TEXTS[device]
             found = [_continued(model, ids) for ids in prompts]
-            made[name, device] = Plain(prompts, *map(list, zip(*found, strict=True)))
-        return made[name, device]
+            texts, logits = map(list, zip(*found, strict=True))
+            made[name, device, dtype, kernel] = Plain(prompts, texts, logits)
+        return made[name, device, dtype, kernel]
 
     return make
 
@@ -115,8 +118,23 @@ def _made(opened: Offloaded, ids) -> list[int]:
 @pytest.mark.parametrize("share", range(4), ids=["top_k", "25%", "50%", "all"])
 @pytest.mark.parametrize("policy", ["lru", "predictive"])
 @pytest.mark.parametrize("name", NAMES)
-def test_our_kernels_write_the_same_text(name, policy, share, plain, record_property):
-    """Every prompt's text is the plain model's, or parts from it at a near-tie."""
+def test_our_kernels_write_the_same_text(name, policy, share, plain):
+    """In float32 no text parts from the plain model's."""
+    expected = plain(name, "cuda", "float32")
+    options = {"policy": policy, "slots": _slots(name)[share], "dtype": "float32"}
+    with _offloaded(name, "cuda", **options) as opened:
+        for ids, text in zip(expected.prompts, expected.texts, strict=True):
+            assert _made(opened, ids) == text
+    assert len(expected.prompts) >= 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("share", range(4), ids=["top_k", "25%", "50%", "all"])
+@pytest.mark.parametrize("policy", ["lru", "predictive"])
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_part_at_near_ties_alone(name, policy, share, plain, record_property):
+    """In bfloat16 two kernels round apart: as transformers' own do among themselves."""
     expected = plain(name, "cuda")
     truth = None
     parted = []
@@ -132,8 +150,10 @@ def test_our_kernels_write_the_same_text(name, policy, share, plain, record_prop
     assert len(expected.prompts) >= 12
     for number, at, gap in parted:
         assert gap <= NEAR_TIE, f"prompt {number} parts at token {at} over a gap of {gap:.2%}"
-    # Near-ties are rare: many would mean errors larger than rounding.
-    assert len(parted) <= len(expected.prompts) // 3
+    others = [plain(name, "cuda", kernel=kernel).texts for kernel in ("batched_mm", "eager")]
+    theirs = [sum(a != b for a, b in zip(expected.texts, o, strict=True)) for o in others]
+    print(f"{name}: of transformers' own kernels, batched_mm and eager part in {theirs}")
+    assert len(parted) <= max(theirs) + 3
 
 
 def _parting(truth, ids, found, expected) -> tuple[int, float]:
