@@ -51,7 +51,7 @@ def sizes_name(model: ModelSpec) -> str:
 
 def facts_of(model: ModelSpec) -> Facts:
     """What the name of *model* tells; a name that is not known tells nothing."""
-    name = sizes_name(model).lower()
+    name = sizes_name(model).lower().replace("_", "-")
     family = next((family for part, family in _FAMILY_BY_NAME if part in name), ANY_FAMILY)
     if name not in size_names():
         return Facts(family)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from policies.base import Policy
 from runtime.hook import Hook, HostAnswer
+from runtime.masks import full_windows, masks_are_given
 from runtime.maths import Fused, Inputs
 from runtime.window import make_capturable
 
@@ -50,6 +51,8 @@ class DecodeGraphs:
         """
         cache = kwargs.get("past_key_values")
         if self._broken or torch.is_grad_enabled() or not getattr(cache, "is_compileable", False):
+            return False
+        if any(full_windows(cache)) and not masks_are_given(kwargs):
             return False
         key = _key(kwargs)
         if key in self._met:
@@ -159,11 +162,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _key(kwargs: dict[str, Any]) -> Any:
     """What a captured pass depends on, other than the values in its input tensors."""
     cache = kwargs["past_key_values"]
-    full = tuple(
-        layer.cumulative_length_int >= layer.max_cache_len
-        for layer in getattr(cache, "layers", [])
-        if hasattr(layer, "cumulative_length_int")
-    )
+    full = full_windows(cache)
     parts: list[Any] = [id(cache), full]
     for name, value in sorted(kwargs.items()):
         tensors = _tensors(value)

@@ -110,7 +110,7 @@ class _Builder:
             raise OffloadError(f"{type(self.model).__name__}: is offloaded already")
         self.gates: list[Gate] = find_gates(self.model)
         self.layout = ExpertLayout.of(self.gates[0].experts)
-        self.spec: ModelSpec = model_spec(self.model, type(self.model).__name__)
+        self.spec: ModelSpec = model_spec(self.model, self.model.config.model_type)
         self.device = pick_device(options.device)
         self.profile: HardwareProfile = load_profile(options.hardware)
         self.policy = POLICIES.build(policy) if isinstance(policy, str) else policy

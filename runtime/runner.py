@@ -19,6 +19,7 @@ from policies.routing import Step
 from runtime.errors import OffloadError
 from runtime.graphs import DecodeGraphs
 from runtime.hook import Hook, Steps
+from runtime.masks import with_masks
 from runtime.maths import Reference
 
 
@@ -45,6 +46,7 @@ class Runner:
         self.hook, self.engine, self.steps = hook, hook.engine, steps
         self._forward = _without_owner(model.forward)
         self.graphs = DecodeGraphs(hook, self._forward) if graphs else None
+        self._config, self._dtype = model.config, model.dtype
         self._demand: list[list[list[int]]] = []
         #: The cache of the pass before, which is not to be kept alive.
         self._seen: weakref.ref[Any] | None = None
@@ -85,8 +87,10 @@ class Runner:
         if isinstance(maths, Reference):
             maths.decoding = decoding
         with self._stepping(step):
-            if decoding and self.graphs is not None and self.graphs.suits(kwargs):
-                return self.graphs.run(kwargs)
+            if decoding and self.graphs is not None and cache is not None:
+                kwargs = with_masks(self._config, self._dtype, kwargs)
+                if self.graphs.suits(kwargs):
+                    return self.graphs.run(kwargs)
             return self._forward(**kwargs)
 
     @contextlib.contextmanager
