@@ -260,10 +260,9 @@ class Chain:
         """Run one step; *counted* if the cache's Python counters have moved already."""
         for name, value in kwargs.items():
             _refresh(self._inputs[name], value)
-        engine = self._hook.engine
         self._segments[0].replay()
         for layer, gate in enumerate(self._gates):
-            self._hook.await_mark(engine.watch.split("attention") or engine.lanes.mark())
+            self._hook.await_answer()
             self._event(layer, gate)
         cache = kwargs["past_key_values"]
         if not counted:

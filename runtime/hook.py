@@ -16,7 +16,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from policies.routing import Routing, Step
 from runtime.engine import Engine
 from runtime.families import Gate
-from runtime.lanes import Mark
 from runtime.maths import CpuExperts, Maths
 from runtime.steps import Answer
 
@@ -152,7 +151,7 @@ class Hook:
         rows = self.reader.gather(layer, hidden, index)
         host = self.reader.buffers(rows, weights)
         host.take(rows, weights)
-        self.await_mark(engine.watch.split("attention") or engine.lanes.mark())
+        self.await_answer()
         routing = self.route(layer, host.read())
         plan, late = engine.decide(routing)
         call = self.maths.begin(layer, hidden, index, weights, engine.table.slots[layer])
@@ -171,10 +170,15 @@ class Hook:
             raise RuntimeError("an experts module was called outside of the model's forward")
         return self.steps.route(self.step, layer, answer, self.engine.events)
 
-    def await_mark(self, mark: Mark) -> None:
-        """Wait for the device on the host, moving the link's queue on meanwhile."""
-        passed, poll = self.engine.lanes.passed, self.engine.copier.poll
-        copier = self.engine.copier
+    def await_answer(self) -> None:
+        """Wait on the host for what was launched, moving the link's queue on meanwhile."""
+        engine = self.engine
+        lanes, copier = engine.lanes, engine.copier
+        noted = engine.watch.split("attention")
+        mark = noted or lanes.mark()
+        passed, poll = lanes.passed, copier.poll
         while not passed(mark):
             if copier.pending:
                 poll()
+        if noted is None:
+            lanes.recycle([mark])
