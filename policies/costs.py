@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.base import Context
 from policies.graph_costs import GraphCosts
 from policies.hardware import HardwareProfile
 from traces.model import ModelSpec
@@ -112,6 +113,20 @@ class Costs:
         flops = 2 * dense * tokens + 4 * model.hidden * kv_tokens
         least = self.profile.software.attention_kernels * gpu.kernel_min_s
         return max(least, reads / gpu.memory_bytes_per_s, flops / gpu.bf16_flops_per_s)
+
+    def context(self, policy: str, slots: int) -> Context:
+        """What *policy* may know of a run with *slots* slots: shape and calibrated constants."""
+        model = self.model
+        return Context(
+            layers=model.layers,
+            experts=model.experts,
+            top_k=model.top_k,
+            slots=slots,
+            transfer_s=self.queued_copy_s(self.full_bytes),
+            transfer_low_s=self.queued_copy_s(self.low_bytes),
+            layer_s=self.layer_s(policy),
+            expert_s=self.expert_s(1),
+        )
 
     def layer_s(self, policy: str = "") -> float:
         """One layer of a one-token decode step with everything resident.

@@ -141,14 +141,19 @@ def _check_parts(values: Mapping[str, Any], where: str) -> None:
                 raise InputError(f"{where}: {_found(f'{part}.{name}', inside[name], kind)}")
 
 
+def read_json(path: Path, what: str) -> Any:
+    """What the JSON file *path* holds; one that cannot be read is no *what*, an input error."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}, expected {what} in JSON") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is no JSON ({error}), expected {what}") from None
+
+
 def read_results(path: Path) -> list[Result]:
     """The results of a JSON file that holds one or a list of them."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a result in JSON") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is no JSON ({error}), expected a result") from None
+    data = read_json(path, "a result")
     if isinstance(data, dict) and "results" in data:
         data = data["results"]
     items = data if isinstance(data, list) else [data]

@@ -173,18 +173,10 @@ class TraceSession:
 
     def context(self, slots: int, costs: Costs, policy: str = "") -> Context:
         """What a policy may know of a run with *slots* slots."""
-        model = self.model
-        return Context(
-            layers=model.layers,
-            experts=model.experts,
-            top_k=model.top_k,
-            slots=slots,
+        return dataclasses.replace(
+            costs.context(policy, slots),
             pool=self.setup.pool,
             batch=self.setup.batch,
-            transfer_s=costs.queued_copy_s(costs.full_bytes),
-            transfer_low_s=costs.queued_copy_s(costs.low_bytes),
-            layer_s=costs.layer_s(policy),
-            expert_s=costs.expert_s(1),
             seed=self.setup.seed,
             has_weights=self.stored.has_weights,
             training=self.training,

@@ -30,6 +30,21 @@ CURVE_STEPS = 4000
 #: Policies of a comparison in which none is named.
 COMPARED = ("lru", "lfu", "lfru", "predictive", "belady")
 
+#: How sequences, slots and copies are arranged: options of every command that runs policies.
+ARRANGEMENT = (
+    click.option("--scheduler", default="none", show_default=True, help="Batch scheduler."),
+    click.option(
+        "--pool",
+        type=click.Choice(["global", "layer"]),
+        default="global",
+        show_default=True,
+        help="One pool of slots, or an equal share for each layer.",
+    ),
+    click.option("--train", metavar="FILE", help="Training trace for what learns offline."),
+    click.option("--depth", default=2, show_default=True, help="Copies issued ahead on the link."),
+    click.option("--seed", default=0, show_default=True, help="Seed of all randomness."),
+)
+
 _SETUP = (
     click.option("--trace", required=True, metavar="FILE", help="Routing trace (parquet)."),
     click.option("--batch", default=1, show_default=True, help="Sequences that run together."),
@@ -44,17 +59,7 @@ _SETUP = (
         "--forecaster",
         help="Forecaster of policies that take one. Default: ahead if recorded, else markov.",
     ),
-    click.option("--scheduler", default="none", show_default=True, help="Batch scheduler."),
-    click.option(
-        "--pool",
-        type=click.Choice(["global", "layer"]),
-        default="global",
-        show_default=True,
-        help="One pool of slots, or an equal share for each layer.",
-    ),
-    click.option("--train", metavar="FILE", help="Training trace for what learns offline."),
-    click.option("--depth", default=2, show_default=True, help="Copies issued ahead on the link."),
-    click.option("--seed", default=0, show_default=True, help="Seed of all randomness."),
+    *ARRANGEMENT,
 )
 
 

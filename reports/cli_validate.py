@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from reports.cli import check_outputs, command_line, progress, tell
+from reports.cli import ARRANGEMENT, check_outputs, command_line, progress, tell
 from traces.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,17 +64,7 @@ _OPTIONS = (
     click.option("--sequences", type=int, help="Only the first N sequences (or prompts)."),
     click.option("--max-tokens", type=int, help="Only the first N decode tokens of each."),
     click.option("--forecaster", help="Forecaster of policies that take one."),
-    click.option("--scheduler", default="none", show_default=True, help="Batch scheduler."),
-    click.option(
-        "--pool",
-        type=click.Choice(["global", "layer"]),
-        default="global",
-        show_default=True,
-        help="One pool of slots, or an equal share for each layer.",
-    ),
-    click.option("--train", metavar="FILE", help="Training trace for what learns offline."),
-    click.option("--depth", default=2, show_default=True, help="Copies issued ahead on the link."),
-    click.option("--seed", default=0, show_default=True, help="Seed of all randomness."),
+    *ARRANGEMENT,
     click.option("--max-mean-error", default="5%", show_default=True, help="Mean |error| of TPOT."),
     click.option("--max-error", default="10%", show_default=True, help="Worst |error| of TPOT."),
     click.option("--judge-time", is_flag=True, help="Judge times measured on a CPU, too."),

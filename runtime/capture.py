@@ -78,7 +78,7 @@ class TokenPrompt:
 def make_recorder(model: Any, settings: CaptureSettings) -> Recorder:
     """A recorder for *model*; a width it cannot have is an :class:`InputError`."""
     gates = find_gates(model)
-    experts, top_k = int(gates[0].experts.num_experts), int(gates[0].router.top_k)
+    experts, top_k = gates[0].num_experts, gates[0].top_k
     width = settings.ahead_width
     width = min(2 * top_k, experts) if width is None else width
     if not 1 <= width <= experts:

@@ -59,6 +59,7 @@ class Engine:
     def begin(self, step: Step) -> None:
         """*step* starts: make the prefetches that its path forecast asks for."""
         self.lanes.enter()
+        self.watch.start()
         try:
             moves = self.planner.begin(step)
         except Exception as error:

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.families import Gate, Routed
+from runtime.router_hooks import RouterHooks
 from traces.errors import InputError
 
 
-class ForcedRouting:
+class ForcedRouting(RouterHooks):
     """A context in which the routers of *gates* return the routing given to :meth:`set`.
 
     A hook on each router replaces its weights and experts and leaves its logits. The values
     lie in buffers on *device*, one pair per number of tokens, allocated when that number is
     first set and written in place afterwards: a CUDA graph captured meanwhile replays with
     whatever was set last for its number of tokens. Nothing waits for the device. The hooks
-    are gone when the context ends, however it ends.
+    are gone when the context ends, however it ends; the buffers stay, for a graph that was
+    captured here reads them as long as it lives.
     """
 
     def __init__(self, gates: Sequence[Gate], device: torch.device | str) -> None:
-        self._gates = list(gates)
+        super().__init__(gates)
         self._device = torch.device(device)
-        self._dtype = _weights_dtype(self._gates[0])
+        self._dtype = _weights_dtype(self.gates[0])
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._current: tuple[Tensor, Tensor] | None = None
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> ForcedRouting:
-        for layer, gate in enumerate(self._gates):
-            self._hooks.append(gate.router.register_forward_hook(self._hook(layer)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        # The buffers stay: a graph that was captured here reads them for as long as it lives.
 
     def set(self, layer_experts: Tensor, weights: Tensor | None = None) -> None:
         """Route the next passes, of T tokens, by *layer_experts* int64 [L, T, k].
@@ -53,11 +37,11 @@ class ForcedRouting:
         *weights* [L, T, k] are taken as they are; None gives each of a token's k experts 1/k.
         Tokens are counted over the batch, in the order in which a pass flattens them.
         """
-        gate, shape = self._gates[0], tuple(layer_experts.shape)
-        if len(shape) != 3 or shape[0] != len(self._gates) or shape[2] != gate.top_k:
+        gate, shape = self.gates[0], tuple(layer_experts.shape)
+        if len(shape) != 3 or shape[0] != len(self.gates) or shape[2] != gate.top_k:
             raise InputError(
                 f"forced routing has shape {list(shape)}, expected "
-                f"[{len(self._gates)} layers, tokens, {gate.top_k} experts]"
+                f"[{len(self.gates)} layers, tokens, {gate.top_k} experts]"
             )
         if weights is not None and tuple(weights.shape) != shape:
             raise InputError(
@@ -73,14 +57,14 @@ class ForcedRouting:
     def _of_size(self, tokens: int) -> tuple[Tensor, Tensor]:
         """The buffers experts int64 and weights, both [L, *tokens*, k]."""
         if tokens not in self._buffers:
-            shape = (len(self._gates), tokens, self._gates[0].top_k)
+            shape = (len(self.gates), tokens, self.gates[0].top_k)
             experts = torch.zeros(shape, dtype=torch.int64, device=self._device)
             self._buffers[tokens] = experts, torch.zeros_like(experts, dtype=self._dtype)
         return self._buffers[tokens]
 
     def _hook(self, layer: int) -> Any:
         def replace(module: Any, inputs: tuple[Any, ...], output: Routed) -> Routed:
-            tokens = self._gates[layer].parts(output)[2].shape[0]
+            tokens = self.gates[layer].parts(output)[2].shape[0]
             if self._current is None:
                 raise InputError(f"layer {layer}: no routing was set, expected it before the pass")
             experts, weights = self._current
@@ -89,7 +73,7 @@ class ForcedRouting:
                     f"layer {layer}: routing was set for {experts.shape[1]} tokens, "
                     f"expected {tokens}, the pass's"
                 )
-            return self._gates[layer].replaced(output, weights[layer], experts[layer])
+            return self.gates[layer].replaced(output, weights[layer], experts[layer])
 
         return replace
 

@@ -70,11 +70,8 @@ class DecodeGraphs:
 
         Nothing is planned or counted, but the key-value cache is written to.
         """
-        self._hook.capturing = lambda layer, hidden, index, weights: torch.zeros_like(hidden)
-        try:
+        with self._hook.without_experts():
             self._forward(**kwargs)
-        finally:
-            self._hook.capturing = None
         key = _key(kwargs)
         self._met.add(key)
         chain = self._capture(key, kwargs)
@@ -122,6 +119,12 @@ class DecodeGraphs:
         self.captured += 1
         weakref.finalize(cache, _forget, weakref.ref(self), key[0])
         return chain
+
+
+def decode_graphs(hook: Hook, forward: Callable[..., Any]) -> DecodeGraphs | None:
+    """Room for the chains of a model, where its decode steps can be captured at all."""
+    cuda = hook.engine.lanes.device.type == "cuda"
+    return DecodeGraphs(hook, forward) if cuda and isinstance(hook.maths, Fused) else None
 
 
 def _forget(graphs: weakref.ref[DecodeGraphs], cache: int) -> None:
@@ -285,10 +288,9 @@ class Chain:
         plan, late = engine.decide(routing)
         if engine.whole(plan):
             engine.at_once(plan, late)
-            self._segments[layer + 1].replay()
         else:
             self._apart(layer, gate, routing, plan, late)
-            self._segments[layer + 1].replay()
+        self._segments[layer + 1].replay()
         engine.after(plan, late)
 
     def _apart(self, layer: int, gate: _Gate, routing: Any, plan: Any, late: Any) -> None:

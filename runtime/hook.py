@@ -6,7 +6,8 @@ transformers asks a registered function to compute a layer's experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -140,8 +141,17 @@ class Hook:
         #: Set by whoever runs the step, before the model does.
         self.step: Step | None = None
         self.steps: Steps | None = None
-        #: Takes the calls while a graph is captured.
+        #: Takes the calls while a graph is captured, or while experts are left out.
         self.capturing: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
+
+    @contextmanager
+    def without_experts(self) -> Iterator[None]:
+        """Passes inside leave the experts out: nothing is asked, planned or counted."""
+        self.capturing = lambda layer, hidden, index, weights: torch.zeros_like(hidden)
+        try:
+            yield
+        finally:
+            self.capturing = None
 
     def experts(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the experts of *layer*: [T, H], from [T, H], [T, k], [T, k]."""

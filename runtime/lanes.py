@@ -75,10 +75,6 @@ class Lanes(ABC):
         """Let the computing lane set element *at* of the contiguous int32 *target*."""
         target.view(-1)[at] = value
 
-    def to_host(self, target: Tensor, source: Tensor) -> None:
-        """Copy *source* to pinned *target* in the computing lane."""
-        target.copy_(source, non_blocking=True)
-
     def now(self) -> float:
         """The host's clock, in seconds."""
         return time.perf_counter()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from policies.budget import Budget
 from policies.costs import Costs
@@ -235,8 +234,8 @@ class _LiveRun:
 
         @functools.wraps(inner)
         def forward(**kwargs: Any) -> Any:
-            hook.capturing = _no_experts
-            output = plain(**kwargs)
+            with hook.without_experts():
+                output = plain(**kwargs)
             if kwargs["input_ids"].shape[1] == 1:
                 graphs.warm(kwargs)
             return output
@@ -248,9 +247,4 @@ class _LiveRun:
         try:
             opened.generate(ids, torch.ones_like(ids), config, self._length)
         finally:
-            model.forward, hook.capturing = inner, None
-
-
-def _no_experts(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Stands in for the experts while a model is warmed up."""
-    return torch.zeros_like(hidden)
+            model.forward = inner

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from policies.base import Context, Forecaster, Policy, Training
+from policies.base import Forecaster, Policy, Training
 from policies.budget import Budget
 from policies.costs import Costs
 from policies.hardware import HardwareProfile, load_profile
@@ -32,7 +32,7 @@ from runtime.load import pick_device
 from runtime.maths import Fused, Reference
 from runtime.runner import Runner
 from runtime.steps import LiveSteps
-from runtime.store import HostStore, experts_of
+from runtime.store import HostStore, drop_experts, experts_of
 from traces.errors import first_line
 from traces.model import ModelSpec
 from traces.store import open_trace
@@ -154,7 +154,7 @@ class _Builder:
             store.fill(self.source())
             if low is not None:
                 store.add_low(low, self.device)
-            _drop_experts(self.gates)
+            drop_experts(self.gates)
             model.to(self.device)
             runner = self._runner(planner, store, bank)
         except BaseException as error:
@@ -182,21 +182,13 @@ class _Builder:
             torch.cuda.empty_cache()
 
     def _planner(self) -> Planner:
-        options, spec = self.options, self.spec
-        costs = Costs(self.profile, spec, self.policy.low_bits)
-        slots = self._slots()
+        options = self.options
+        costs = Costs(self.profile, self.spec, self.policy.low_bits)
         training = self._training()
-        context = Context(
-            layers=spec.layers,
-            experts=spec.experts,
-            top_k=spec.top_k,
-            slots=slots,
+        context = dataclasses.replace(
+            costs.context(self.policy.name, self._slots()),
             pool=options.pool,
             batch=options.batch,
-            transfer_s=costs.queued_copy_s(costs.full_bytes),
-            transfer_low_s=costs.queued_copy_s(costs.low_bytes),
-            layer_s=costs.layer_s(self.policy.name),
-            expert_s=costs.expert_s(1),
             seed=options.seed,
             has_weights="weights" in self.policy.needs,
             popularity=training.popularity if training else None,
@@ -236,8 +228,7 @@ class _Builder:
         engine.watch.on = options.timed
         hook = make_hook(self.model, self.gates, engine, options, ahead)
         hook.steps = steps
-        captures = self.device.type == "cuda" and isinstance(hook.maths, Fused)
-        return Runner(self.model, hook, steps, graphs=options.graphs and captures)
+        return Runner(self.model, hook, steps, graphs=options.graphs)
 
 
 def make_hook(
@@ -263,13 +254,6 @@ def _ahead_depth(forecaster: Forecaster | None, layers: int) -> int:
     if forecaster is None or "ahead" not in forecaster.needs:
         return 0
     return min(3, layers - 1)
-
-
-def _drop_experts(gates: Sequence[Gate]) -> None:
-    """Expert weights live in the store alone; what is left on ``meta`` cannot be moved."""
-    for gate in gates:
-        for name in [n for n, p in gate.experts.named_parameters(recurse=False) if p.dim() > 1]:
-            delattr(gate.experts, name)
 
 
 def _generate_over_static_cache(config: Any) -> None:

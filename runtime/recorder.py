@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.families import Gate
+from runtime.router_hooks import RouterHooks
 from traces.errors import InputError
 
 
@@ -20,7 +21,7 @@ def _bits(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.int16)
 
 
-class Recorder:
+class Recorder(RouterHooks):
     """A context in which every forward pass leaves its routing behind.
 
     For each token and MoE layer it notes the k chosen experts, their weights as float16 and,
@@ -31,17 +32,11 @@ class Recorder:
     """
 
     def __init__(self, gates: Sequence[Gate], ahead: int, width: int) -> None:
-        self.gates = gates
-        self.top_k = int(gates[0].router.top_k)
+        super().__init__(gates)
+        self.top_k = gates[0].top_k
         self.ahead = ahead
         self.width = width
         self._rows: list[Tensor] = []
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Recorder:
-        for layer, gate in enumerate(self.gates):
-            self._hooks.append(gate.router.register_forward_hook(self._hook(layer)))
-        return self
 
     def __exit__(
         self,
@@ -49,9 +44,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        super().__exit__(kind, error, trace)
         self._rows.clear()
 
     def _hook(self, layer: int) -> Any:

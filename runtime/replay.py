@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from transformers import StaticCache
 from policies.batching import Batches
 from policies.routing import DECODE, Step
 from runtime.forcing import ForcedRouting
-from runtime.graphs import DecodeGraphs
+from runtime.graphs import decode_graphs
 from runtime.hook import Hook
-from runtime.maths import Fused, Reference
+from runtime.maths import Reference
 from runtime.measuring import RealWorld
 from runtime.offloading import Options
 from runtime.steps import ReplayedSteps
@@ -40,15 +39,12 @@ class Replay:
         hook.steps = ReplayedSteps(spec)
         self._forced = ForcedRouting(hook.gates, hook.engine.lanes.device)
         self._forced.__enter__()
-        cuda = hook.engine.lanes.device.type == "cuda"
-        graphs = options.graphs and cuda and isinstance(hook.maths, Fused)
-        self._graphs = DecodeGraphs(hook, model.forward) if graphs else None
+        self._graphs = decode_graphs(hook, model.forward) if options.graphs else None
         self._device = hook.engine.lanes.device
         self._sizes, self._longest, self._most = _shapes(batches)
         self._caches: dict[int, Any] = {}
         self._inputs: dict[int, dict[str, Any]] = {}
         self._random = np.random.default_rng(0)
-        self._left = 0
 
     def run(self, steps: Iterable[Step], world: RealWorld) -> None:
         """Run *steps* and add each to *world*."""
@@ -65,7 +61,6 @@ class Replay:
     def close(self) -> None:
         """Take the hooks off the model and forget its caches."""
         self._forced.__exit__(None, None, None)
-        self._hook.capturing = None
         self._graphs = None
         self._caches.clear()
         self._inputs.clear()
@@ -82,17 +77,15 @@ class Replay:
         engine.lanes.finish()
         world.begin(decoding)
         begun = engine.lanes.now()
-        engine.lanes.enter()
-        engine.watch.start()
         hook.step = step
         engine.begin(step)
         logits = self._decode(tokens) if decoding else self._prefill(tokens)
         engine.watch.split("attention")
-        sampled = logits.argmax(dim=-1).cpu()
+        # The next token, on the host: a step lasts until it is there.
+        logits.argmax(dim=-1).cpu()
         world.add(step, engine.lanes.now() - begun)
         engine.end()
         hook.step = None
-        del sampled
 
     @property
     def _vocabulary(self) -> int:
@@ -118,24 +111,16 @@ class Replay:
         for size in sorted(self._sizes, reverse=True):
             self._inputs[size] = self._make_inputs(size)
             self._force_anything(size)
-            with self._without_experts():
+            with self._hook.without_experts():
                 self._model(**self._inputs[size])
             self._share_cache(size)
             if self._graphs is not None:
                 self._graphs.warm(self._inputs[size])
         if self._most:
             self._force_anything(self._most)
-            with self._without_experts():
+            with self._hook.without_experts():
                 self._prefill(torch.zeros(self._most, dtype=torch.int64))
         self._rewind()
-
-    @contextmanager
-    def _without_experts(self) -> Iterator[None]:
-        self._hook.capturing = lambda layer, hidden, index, weights: torch.zeros_like(hidden)
-        try:
-            yield
-        finally:
-            self._hook.capturing = None
 
     def _force_anything(self, tokens: int) -> None:
         gates = self._hook.gates

@@ -13,7 +13,7 @@ from runtime.errors import OffloadError
 from runtime.families import find_gates, model_spec
 from runtime.layout import ExpertLayout
 from runtime.load import fitting
-from runtime.store import HostStore, Loaded
+from runtime.store import HostStore, Loaded, drop_experts
 from traces.model import ModelSpec
 
 #: Spread of the random expert weights: activations stay finite through all layers.
@@ -48,9 +48,7 @@ class ReplayModel:
         """Draw the experts' weights into the store, telling *advance* of each expert."""
         self.store.pin = pin and self.device.type == "cuda"
         self.store.fill(self._random_experts(seed), advance)
-        for gate in self.gates:
-            for name in list(gate.experts._parameters):
-                delattr(gate.experts, name)
+        drop_experts(self.gates)
 
     def _random_experts(self, seed: int) -> Iterator[Loaded]:
         """Experts drawn on the device, where that is fast."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from policies.hindsight import belady_missed
 from policies.routing import Step
 from runtime.errors import OffloadError
-from runtime.graphs import DecodeGraphs
+from runtime.graphs import decode_graphs
 from runtime.hook import Hook, Steps
 from runtime.masks import with_masks
 from runtime.maths import Reference
@@ -45,7 +45,7 @@ class Runner:
     def __init__(self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool) -> None:
         self.hook, self.engine, self.steps = hook, hook.engine, steps
         self._forward = _without_owner(model.forward)
-        self.graphs = DecodeGraphs(hook, self._forward) if graphs else None
+        self.graphs = decode_graphs(hook, self._forward) if graphs else None
         self._config, self._dtype = model.config, model.dtype
         self._demand: list[list[list[int]]] = []
         #: The cache of the pass before, which is not to be kept alive.
@@ -96,8 +96,6 @@ class Runner:
     @contextlib.contextmanager
     def _stepping(self, step: Step) -> Iterator[None]:
         engine = self.engine
-        engine.lanes.enter()
-        engine.watch.start()
         engine.begin(step)
         yield
         engine.watch.split("attention")

@@ -199,13 +199,23 @@ def experts_of(gates: Iterable[Any], *, check: bool = True) -> Iterable[Loaded]:
     """The experts of a model in memory, freeing each layer's own weights behind it."""
     for layer, gate in enumerate(gates):
         module = gate.experts
-        names = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
-        whole = {name: getattr(module, name).detach() for name in names}
+        whole = {name: getattr(module, name).detach() for name in _stacked(module)}
         for id in range(int(module.num_experts)):
             parts = {name: values[id] for name, values in whole.items()}
             if check:
                 check_finite(parts, f"layer {layer} expert {id}")
             yield layer, id, parts
         whole.clear()
-        for name in names:
-            delattr(module, name)
+        drop_experts([gate])
+
+
+def drop_experts(gates: Iterable[Any]) -> None:
+    """Leave the experts to the store alone: what lies on ``meta`` could not even be moved."""
+    for gate in gates:
+        for name in _stacked(gate.experts):
+            delattr(gate.experts, name)
+
+
+def _stacked(module: Any) -> list[str]:
+    """Names of the parameters of *module* that hold all of its experts."""
+    return [name for name, p in module.named_parameters(recurse=False) if p.dim() > 1]

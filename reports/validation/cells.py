@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from policies.result import read_json
 from reports.files import write_file
 from traces.errors import InputError
 
@@ -203,12 +204,7 @@ def cells_json(cells: Sequence[Cell]) -> str:
 
 def read_cells(path: Path) -> list[Cell]:
     """The cells of a file that :func:`merge_into` wrote; anything else is an input error."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}, expected a list of cells in JSON") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is no JSON ({error}), expected a list of cells") from None
+    found = read_json(path, "a list of cells")
     if isinstance(found, dict) and "cells" in found:
         found = found["cells"]
     if not isinstance(found, list):
