@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.side_by_side import launch
-from benchmarks.side_by_side.plan import FULL, REFERENCE, SYSTEMS, TINY, YARDSTICK, System, Task
+from benchmarks.side_by_side.plan import (
+    FULL,
+    NARROW,
+    REFERENCE,
+    SYSTEMS,
+    TINY,
+    YARDSTICK,
+    System,
+    Task,
+)
 from benchmarks.side_by_side.render import put_into, render
 from traces.errors import InputError
 
@@ -30,14 +39,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--render", type=Path, metavar="FILE", help="run nothing: make the table of this JSON")
     add("--into", type=Path, metavar="PAGE", help="put the table between the marks of this page")
     add("--systems", metavar="NAMES", help="separated by commas; default: " + ",".join(SYSTEMS))
-    add("--also", metavar="NAMES", help="more than the default, say transformers:graph")
+    add("--also", metavar="NAMES", help="more than the default, say transformers:grouped_mm")
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--tiny", action="store_true", help="small dimensions in float32: a dry run")
+    smaller = parser.add_mutually_exclusive_group().add_argument
+    smaller("--tiny", action="store_true", help="small dimensions in float32: a dry run")
+    smaller("--narrow", action="store_true", help="an eighth of the width in float32: its routing")
     add("--layers", type=int, help=f"MoE layers (default {FULL.layers})")
     add("--compute", choices=("fused", "reference"), help="how ours computes")
     add("--prompt", type=int, default=32, help="tokens of the prompt")
     add("--decode", type=int, default=60, help="tokens decoded, one at a time")
-    add("--slow-steps", type=int, default=5, help="tokens that accelerate decodes")
+    add("--slow-steps", type=int, default=3, help="tokens that accelerate decodes")
     add("--warmup", type=int, default=4, help="tokens decoded before, from another text")
     add("--timeout", type=float, default=120.0, help="seconds for one system")
     add("--limit", type=float, default=270.0, help="seconds for all: the rest are not begun")
@@ -61,7 +72,7 @@ def _tasks(given: argparse.Namespace) -> list[Task]:
         if value < least:
             name = option.replace("_", "-")
             raise InputError(f"--{name}: {value} found, expected {least} or more")
-    shape = TINY if given.tiny else FULL
+    shape = TINY if given.tiny else NARROW if given.narrow else FULL
     if given.layers is not None:
         if given.layers < 1:
             raise InputError(f"--layers: {given.layers} found, expected 1 or more")
@@ -70,7 +81,7 @@ def _tasks(given: argparse.Namespace) -> list[Task]:
         system="",
         shape=shape,
         device=given.device,
-        dtype="float32" if given.tiny else "bfloat16",
+        dtype="float32" if given.tiny or given.narrow else "bfloat16",
         prompt_tokens=given.prompt,
         decode_tokens=given.decode,
         warmup_tokens=given.warmup,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.side_by_side import child
 from benchmarks.side_by_side.agreement import Logits, agreement
 from benchmarks.side_by_side.plan import REFERENCE, YARDSTICK, Task
 from traces.errors import InputError
@@ -34,32 +34,34 @@ def _available_bytes() -> int | None:
 
 
 @contextmanager
-def _started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is gone when the block is left, however it is left."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+def _started(task: Task, folder: Path) -> Iterator[BaseProcess]:
+    """A worker that is gone when the block is left, however it is left."""
+    process = child.context(task.device).Process(target=child.run, args=(str(folder),))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
-def _watch(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[bool, int | None]:
+def _watch(process: BaseProcess, timeout_s: float) -> tuple[bool, int | None]:
     """Wait for *process*: whether it ended in time, and by how much available memory fell."""
     end = time.monotonic() + timeout_s
     before = least = _available_bytes()
-    while process.poll() is None:
+    while process.is_alive():
         if time.monotonic() > end:
             return False, None
         now = _available_bytes()
         if now is not None and least is not None:
             least = min(least, now)
-        time.sleep(POLL_S)
+        process.join(POLL_S)
     return True, None if before is None or least is None else before - least
 
 
 def _last_line(log: Path) -> str:
+    if not log.exists():
+        return "it printed nothing"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else "it printed nothing"
 
@@ -67,19 +69,18 @@ def _last_line(log: Path) -> str:
 def run_task(task: Task, timeout_s: float) -> tuple[dict[str, Any], Logits | None]:
     """One system in a process of its own: its result, and its logits if it came through."""
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        given, out, logits, log = (
-            Path(folder) / name for name in ("task.json", "result.json", "logits.npy", "log")
-        )
-        given.write_text(json.dumps(task.to_dict()))
-        command = [sys.executable, "-m", "benchmarks.side_by_side.worker"]
-        with _started([*command, str(given), str(out), str(logits)], log) as process:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / child.TASK).write_text(json.dumps(task.to_dict()))
+        with _started(task, folder) as process:
             ended, fell_bytes = _watch(process, timeout_s)
+            code = process.exitcode
+        out, logits = folder / child.RESULT, folder / child.LOGITS
         result: dict[str, Any]
         if not ended:
             result = {"status": "timeout", "reason": f"stopped after {timeout_s:.0f} s"}
         elif not out.exists():
-            reason = f"left with {process.returncode}: {_last_line(log)}"
+            reason = f"left with {code}: {_last_line(folder / child.LOG)}"
             result = {"status": "failed", "reason": reason}
         else:
             result = json.loads(out.read_text())

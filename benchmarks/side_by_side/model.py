@@ -1,4 +1,4 @@
-"""The model and the tokens that every system is given."""
+"""The model that every system is given."""
 
 from __future__ import annotations
 
@@ -30,10 +30,24 @@ def make_model(task: Task, dtype: torch.dtype) -> Any:
     generator = torch.Generator(task.device).manual_seed(task.seed)
     for name, values in model.named_parameters():
         if values.dim() > 1:
-            is_gate = name.endswith("mlp.gate.weight")
-            std = task.shape.gate_std if is_gate else task.shape.weight_std
-            values.normal_(0.0, std, generator=generator)
+            _draw(name, values, task.shape, generator)
     return model.to(dtype)
+
+
+def _draw(name: str, values: Tensor, shape: Shape, generator: torch.Generator) -> None:
+    """Fill the matrix *values* in place, so that routing is varied (docs/side_by_side.md).
+
+    Embeddings are large beside what the layers add: the gates see which token it is. Each
+    expert's row of a gate has a length of its own: the long ones are chosen more often.
+    """
+    if name.endswith("embed_tokens.weight"):
+        values.normal_(0.0, shape.embed_std, generator=generator)
+    elif name.endswith("mlp.gate.weight"):
+        values.normal_(0.0, shape.gate_std, generator=generator)
+        lengths = torch.empty_like(values[:, :1]).normal_(generator=generator)
+        values.mul_((shape.gate_spread * lengths).exp_())
+    else:
+        values.normal_(0.0, shape.weight_std, generator=generator)
 
 
 def _config(shape: Shape) -> Any:
@@ -52,24 +66,8 @@ def _config(shape: Shape) -> Any:
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
-
-
-def forced_tokens(task: Task) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [1, prompt + warm-up] and [1, prompt + forced] on the task's device.
-
-    Drawn on the CPU, and all *forced_tokens* of them however few are decoded: a system that is
-    given fewer steps reads the beginning of the same text.
-    """
-    generator = torch.Generator().manual_seed(task.seed + 1)
-    text = torch.randint(
-        task.shape.vocab, (1, task.prompt_tokens + task.forced_tokens), generator=generator
-    )
-    warm = torch.randint(
-        task.shape.vocab, (1, task.prompt_tokens + task.warmup_tokens), generator=generator
-    )
-    return warm.to(task.device), text.to(task.device)
 
 
 def placed_model(task: Task, place: Place) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _HEAD = (
     "host peak",
     "host taken",
     "missed per token",
+    "prefetched per token",
     "error",
     "same choice",
 )
@@ -44,14 +46,21 @@ def _missed(row: dict[str, Any], shape: Shape) -> str:
     if row.get("missed_decode") is None:
         return ""
     each = row["missed_decode"] / row["decode_tokens"]
-    return f"{each:.1f} ({1 - each / (shape.layers * shape.top_k):.0%} held)"
+    return f"{each:.1f} ({1 - each / (shape.layers * shape.top_k):.1%} held)"
+
+
+def _prefetched(row: dict[str, Any]) -> str:
+    """Experts copied per decoded token before a gate asked; nothing where none ever is."""
+    if not row.get("prefetched_decode"):
+        return ""
+    return f"{row['prefetched_decode'] / row['decode_tokens']:.1f}"
 
 
 def _error(found: dict[str, Any]) -> str:
     if found.get("error") is None:
         return ""
     verdict = {True: "", False: " **differs**", None: " (not judged)"}[found["agrees"]]
-    return f"{found['error']:.2g}{verdict}"
+    return f"{found['error']:#.2g}{verdict}"
 
 
 def _cells(row: dict[str, Any], data: dict[str, Any]) -> list[str]:
@@ -62,7 +71,7 @@ def _cells(row: dict[str, Any], data: dict[str, Any]) -> list[str]:
     name += f" ({steps} steps)" if steps != data["decode_tokens"] else ""
     head = [name, "" if slots is None else f"{slots:,}"]
     if row["status"] != "ok":
-        return [*head, f"{row['status']}: {row['reason']}".replace("|", "/")]
+        return [*head, row["status"]]
     same = found.get("same_choice")
     return [
         *head,
@@ -73,13 +82,25 @@ def _cells(row: dict[str, Any], data: dict[str, Any]) -> list[str]:
         _gb(row["host_peak_bytes"]),
         _gb(row["host_fell_bytes"]),
         _missed(row, shape),
+        _prefetched(row),
         _error(found),
         "" if same is None else f"{same:.0%}",
     ]
 
 
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    """Below the table: why each system without figures has none; the reference is one of them."""
+    told = [f"- {row['system']}: {row['reason']}" for row in rows if row["status"] != "ok"]
+    return ["", *told] if told else []
+
+
+def _command(words: str) -> str:
+    """The command without the folders of one machine, which say nothing elsewhere."""
+    return re.sub(r"(--(?:json|into)[ =])\S*/", r"\1", words)
+
+
 def render(data: dict[str, Any]) -> str:
-    """The machine in a sentence, the table, and how to repeat it."""
+    """The machine in a sentence, the table, what is missing in it and why, how to repeat it."""
     shape, machine = Shape(**data["shape"]), data["machine"]
     facts = [machine.get("device", "unknown device")]
     facts += [f"driver {machine['driver']}"] if machine.get("driver") else []
@@ -97,7 +118,8 @@ def render(data: dict[str, Any]) -> str:
             cells = _cells(row, data)
             cells += [""] * (len(_HEAD) - len(cells))
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"`{data['command']}`", ""])
+    lines += _reasons(data["systems"])
+    return "\n".join([*lines, "", f"`{_command(data['command'])}`", ""])
 
 
 def put_into(page: Path, text: str) -> None:

@@ -43,7 +43,7 @@ class Runner:
         return logits
 
     def counts(self) -> dict[str, Any]:
-        """What the system counts of itself since it began; ``missed`` if it knows."""
+        """What the system counts since it began: ``missed``, ``prefetched`` if it knows."""
         return {}
 
     def close(self) -> None:
@@ -143,9 +143,11 @@ class OursRunner(Runner):
         return logits
 
     def counts(self) -> dict[str, Any]:
-        """Its own statistics, and ``missed`` out of them."""
+        """Its own statistics; out of them ``missed``, and ``prefetched`` but for the cancelled."""
         told = self._model.expert_cache.stats()
-        return {"missed": told.get("missed"), "told": told}
+        moves = told.get("moves", {})
+        prefetched = moves.get("prefetch", 0) - moves.get("cancelled", 0) if moves else None
+        return {"missed": told.get("missed"), "prefetched": prefetched, "told": told}
 
     def close(self) -> None:
         self._model.expert_cache.close()

@@ -1,12 +1,7 @@
-"""One system in one process: set up, warm up, measure, write what came out.
-
-Called as ``python -m benchmarks.side_by_side.worker TASK.json RESULT.json LOGITS.npy``.
-"""
+"""One system in one process: set up, warm up, measure, write what came out."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -18,9 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side.memory import machine_facts, memory_peaks
-from benchmarks.side_by_side.model import forced_tokens, make_model
+from benchmarks.side_by_side.model import make_model
 from benchmarks.side_by_side.plan import REFERENCE, System, Task
 from benchmarks.side_by_side.systems import Runner, Unavailable, check_available, set_up
+from benchmarks.side_by_side.tokens import forced_tokens
 from traces.errors import first_line
 
 
@@ -54,9 +50,9 @@ class _Pass:
             self.steps_s.append(seconds)
         self.after = runner.counts()
 
-    def missed(self) -> tuple[int | None, int | None]:
-        """Misses of the prefill and of all decode steps, None if the system does not count."""
-        counts = [told.get("missed") for told in (self.before, self.between, self.after)]
+    def counted(self, key: str) -> tuple[int | None, int | None]:
+        """*key* over the prefill and over all decode steps, None if the system does not count."""
+        counts = [told.get(key) for told in (self.before, self.between, self.after)]
         if any(count is None for count in counts):
             return None, None
         first, second, third = (int(count) for count in counts if count is not None)
@@ -86,7 +82,7 @@ def measure(task: Task) -> tuple[dict[str, Any], Tensor]:
     setup_s = time.perf_counter() - start
     cold = _Pass(runner, task, warm, task.warmup_tokens)
     hot = _Pass(runner, task, text, task.decode_tokens)
-    missed_prefill, missed_decode = hot.missed()
+    missed_prefill, missed_decode = hot.counted("missed")
     figures = {
         "setup_s": setup_s,
         "cold_prefill_s": cold.prefill_s,
@@ -95,6 +91,7 @@ def measure(task: Task) -> tuple[dict[str, Any], Tensor]:
         "steps_s": [round(seconds, 7) for seconds in hot.steps_s],
         "missed_prefill": missed_prefill,
         "missed_decode": missed_decode,
+        "prefetched_decode": hot.counted("prefetched")[1],
         **memory_peaks(task.device),
         "machine": machine_facts(task.device),
         "told": hot.after.get("told"),
@@ -133,14 +130,3 @@ def work(task: Task, logits_file: Path) -> dict[str, Any]:
         return {"status": "failed", "reason": reason, "traceback": traceback.format_exc()}
     np.save(logits_file, logits.numpy())
     return {"status": "ok", **figures}
-
-
-def main(task_file: str, result_file: str, logits_file: str) -> None:
-    """Read the task, write the result and the logits."""
-    task = Task.from_dict(json.loads(Path(task_file).read_text()))
-    result = work(task, Path(logits_file))
-    Path(result_file).write_text(json.dumps(result, default=str))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:4])
