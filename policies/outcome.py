@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from policies.costs import Costs
+from policies.memory import TwoPrecisions, activations_bytes
 from policies.planner import Planner
 from policies.registry import values_of
 from policies.result import CAUSES, Result
@@ -197,7 +198,7 @@ def _per_token(world: World) -> dict[str, float]:
 
 def _memory(session: TraceSession, world: World) -> dict[str, float]:
     """Bytes that the GPU must hold, and the share saved against holding every expert there."""
-    model = session.model
+    model, shape = session.model, session.shape
     slots = world.planner.context.slots * model.expert_bytes
     experts = model.total_experts * model.expert_bytes
     rest = model.dense_bytes + session.kv_tokens * model.kv_bytes_per_token
@@ -206,9 +207,17 @@ def _memory(session: TraceSession, world: World) -> dict[str, float]:
         "slots_bytes": slots,
         "dense_bytes": model.dense_bytes,
         "kv_bytes": session.kv_tokens * model.kv_bytes_per_token,
+        "padding_bytes": shape.padding_tokens(session.kv_tokens) * model.kv_bytes_per_token,
+        "activations_bytes": activations_bytes(model, shape, precisions(world)),
         "workspace_bytes": session.profile.gpu.workspace_bytes,
         "saving": 1 - (slots + rest) / (experts + rest),
     }
+
+
+def precisions(world: World) -> TwoPrecisions:
+    """How the budget of *world* was divided."""
+    cache = world.planner.cache
+    return TwoPrecisions(cache.full_slots, cache.low_slots, world.costs.low_bytes)
 
 
 def _quality(planner: Planner, accesses: int) -> dict[str, float]:

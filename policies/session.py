@@ -18,6 +18,7 @@ from policies.costs import Costs
 from policies.decisions import DecisionLog
 from policies.future import Future
 from policies.hardware import HardwareProfile, load_profile
+from policies.memory import Shape, shape_of
 from policies.planner import Planner, run_counts
 from policies.registry import FORECASTERS, POLICIES, SCHEDULERS
 from policies.routing import Step
@@ -36,6 +37,19 @@ POOLS = ("global", "layer")
 
 #: Slots and the share of accesses missed with them.
 CurvePoint = tuple[int, float]
+
+
+def check_pool(pool: str, slots: int, model: ModelSpec, *, option: str) -> None:
+    """Raise :class:`InputError` where *slots* are too few for *pool*, which *option* chose.
+
+    A pool for each layer must hold what one token takes there.
+    """
+    least = model.layers * model.top_k
+    if pool == "layer" and slots < least:
+        raise InputError(
+            f"{option} layer: {slots} slots are fewer than top_k = {model.top_k} for each of "
+            f"{model.layers} layers, expected at least {least}"
+        )
 
 
 @contextmanager
@@ -144,15 +158,15 @@ class TraceSession:
         """Most tokens whose keys and values are held at once."""
         return self.batches().peak_kv_tokens()
 
+    @cached_property
+    def shape(self) -> Shape:
+        """How large the passes of a run become."""
+        return shape_of(self.batches().members())
+
     def slots(self, budget: Budget) -> int:
         """The slots that *budget* buys for this model on this machine."""
         slots = budget.resolve(self.model, self.profile, self.kv_tokens)
-        if self.setup.pool == "layer" and slots < self.model.layers * self.model.top_k:
-            raise InputError(
-                f"--pool layer: {slots} slots are fewer than top_k = {self.model.top_k} for each "
-                f"of {self.model.layers} layers, expected at least "
-                f"{self.model.layers * self.model.top_k}"
-            )
+        check_pool(self.setup.pool, slots, self.model, option="--pool")
         return slots
 
     def costs(self, policy: Policy) -> Costs:
@@ -165,11 +179,10 @@ class TraceSession:
             cache_tokens=self.longest if captured else 0,
         )
 
-    @cached_property
+    @property
     def longest(self) -> int:
         """Positions of the longest sequence."""
-        members = (m for batch in self.batches().members() for m in batch)
-        return max(int(m.positions[-1]) + 1 for m in members)
+        return self.shape.cache_tokens
 
     def context(self, slots: int, costs: Costs, policy: str = "") -> Context:
         """What a policy may know of a run with *slots* slots."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policies.planner import Planner
 from runtime.errors import OffloadError
 from runtime.lanes import Lanes
 from runtime.layout import ExpertLayout, LowLayout
@@ -49,6 +50,13 @@ class SlotBank:
         self._targets = [row[:size] for row in self.full.unbind(0)]
         if self.low is not None and low_layout is not None:
             self._targets += [row[: low_layout.size_bytes] for row in self.low.unbind(0)]
+
+    @classmethod
+    def of(cls, planner: Planner, layout: ExpertLayout, device: torch.device) -> SlotBank:
+        """The slots that the ledger of *planner* counts on, for experts of *layout*."""
+        cache = planner.cache
+        low = LowLayout(layout, planner.policy.low_bits) if cache.low_slots else None
+        return cls(layout, cache.full_slots, device, low_layout=low, low=cache.low_slots)
 
     @property
     def size_bytes(self) -> int:

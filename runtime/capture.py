@@ -94,7 +94,7 @@ def end_tokens(model: Any) -> frozenset[int]:
     return frozenset([found] if isinstance(found, int) else found)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask int64 [B, S], every prompt ending in the last column."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -170,7 +170,7 @@ def run_batch(
     The recorder must be entered. A sequence that has ended stays in the batch as ballast
     until all have: its rows are dropped, and no row depends on another.
     """
-    ids, mask = _left_padded(prompts, model.device)
+    ids, mask = left_padded(prompts, model.device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     passes = max(1, settings.max_new_tokens)
     sampler = Sampler(settings.sampling, range(first, first + len(prompts)), passes, model.device)

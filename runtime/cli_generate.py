@@ -251,7 +251,7 @@ def _facts(
     opened: Offloaded, options: dict[str, Any], written: Sequence[Written], total_s: float
 ) -> dict[str, Any]:
     """Everything about the run, as it goes into the JSON."""
-    from runtime.session import _host_peak_bytes, _peak_bytes
+    from runtime.peaks import host_peak_bytes, peak_bytes
 
     stats = opened.model.expert_cache.stats()
     memory = stats.pop("memory")
@@ -277,8 +277,8 @@ def _facts(
         "cache": stats,
         "memory": {
             **memory,
-            "gpu_peak_bytes": _peak_bytes(opened.device),
-            "host_peak_bytes": _host_peak_bytes(),
+            "gpu_peak_bytes": peak_bytes(opened.device),
+            "host_peak_bytes": host_peak_bytes(),
         },
     }
 

@@ -15,6 +15,7 @@ from policies.planner import NOTHING, Plan, Planner, blame
 from policies.routing import Routing, Step
 from runtime.bank import ABSENT, ExpertTable, SlotBank
 from runtime.copier import Copier
+from runtime.eventclock import EventClock
 from runtime.lanes import Lanes
 from runtime.stopwatch import Stopwatch
 from runtime.store import HostStore
@@ -46,6 +47,8 @@ class Engine:
         self._borrowed: list[int] = []
         #: Where every copy lies, moves of later waves not yet made: the ledger is ahead of it.
         self._slot: dict[int, int] = {}
+        #: Notes an event's moments, if anybody wants to know.
+        self.clock: EventClock | None = None
         #: Called with (routing, plan, late copies) after each event, if set.
         self.on_event: Callable[[Routing, Plan, Sequence[int]], None] | None = None
 
@@ -55,6 +58,11 @@ class Engine:
         if blamed is error:
             raise error
         raise blamed from error
+
+    def note(self) -> None:
+        """One of an event's moments: answered, planned, launched."""
+        if self.clock is not None:
+            self.clock.note()
 
     def begin(self, step: Step) -> None:
         """*step* starts: make the prefetches that its path forecast asks for."""
@@ -81,6 +89,7 @@ class Engine:
             plan = self.planner.plan(routing)
         except Exception as error:
             self._raise_blamed(error)
+        self.note()
         self.events += 1
         self.accesses += len(routing.experts)
         if plan is NOTHING:

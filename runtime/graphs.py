@@ -7,7 +7,6 @@ transformers' own decode makes about eighty.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from policies.base import Policy
+from runtime.errors import warn_uncaptured
 from runtime.hook import Hook, HostAnswer
 from runtime.masks import full_windows, masks_are_given
 from runtime.maths import Fused, Inputs
@@ -108,12 +108,7 @@ class DecodeGraphs:
         except Exception as error:
             counters.restore()
             self._broken = True
-            what = " ".join(str(error).split())[:160]
-            warnings.warn(
-                f"decode steps cannot be captured as CUDA graphs ({what}); they run as they are",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn_uncaptured(" ".join(str(error).split())[:160])
             return None
         self._chains[key] = chain
         self.captured += 1
@@ -291,6 +286,7 @@ class Chain:
         else:
             self._apart(layer, gate, routing, plan, late)
         self._segments[layer + 1].replay()
+        engine.note()
         engine.after(plan, late)
 
     def _apart(self, layer: int, gate: _Gate, routing: Any, plan: Any, late: Any) -> None:

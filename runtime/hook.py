@@ -171,6 +171,7 @@ class Hook:
             call.add(self.cpu.rows(layer, experts, *inputs))
 
         engine.in_groups(routing, plan, late, call.group, on_cpu)
+        engine.note()
         engine.after(plan, late)
         return call.finish()
 
@@ -192,3 +193,4 @@ class Hook:
                 poll()
         if noted is None:
             lanes.recycle([mark])
+        engine.note()

@@ -16,12 +16,13 @@ from policies.budget import Budget
 from policies.costs import Costs
 from policies.decisions import DecisionLog
 from policies.hardware import load_profile
-from policies.outcome import result_of
+from policies.memory import Shape, activations_bytes, predicted_bytes
+from policies.outcome import precisions, result_of
 from policies.recording import Recording
 from policies.registry import POLICIES
 from policies.result import Result
 from policies.session import Setup, TraceSession, no_garbage_collection
-from runtime.capture import _left_padded
+from runtime.capture import left_padded
 from runtime.errors import OffloadError
 from runtime.generate import (
     Offloaded,
@@ -34,8 +35,9 @@ from runtime.generate import (
 )
 from runtime.load import find_folder, fitting, load_tokenizer
 from runtime.measuring import Measured, RealWorld
+from runtime.peaks import forget_peaks, host_peak_bytes, peak_bytes
 from runtime.sampling import Sampling
-from runtime.session import _forget_peaks, _host_peak_bytes, _peak_bytes
+from runtime.store import KeptStore
 from traces.errors import InputError
 
 #: Passes over one cache that warming up makes beyond the prompt.
@@ -104,6 +106,7 @@ def run_live(  # noqa: PLR0913
     spans: bool = False,
     log: DecisionLog | None = None,
     progress: Progress = no_progress,
+    kept: KeptStore | None = None,
     **settings: Any,
 ) -> tuple[Path, Result, Recording | None, Measured]:
     """Let *model* continue *prompts* under *policy*; its routing becomes the trace *out*.
@@ -111,6 +114,7 @@ def run_live(  # noqa: PLR0913
     *settings* are those of :class:`LiveSettings`. Returns *out*, the result (world ``gpu`` or
     ``cpu``), a recording if *spans* were asked for, and what was measured. *log* takes the
     decisions: a simulation of *out* with :meth:`LiveSettings.setup` must make the same ones.
+    The experts are those of *kept*, if it has some, and stay there.
     """
     chosen = LiveSettings(**settings)
     if "popularity" in POLICIES.build(policy).needs:
@@ -124,9 +128,13 @@ def run_live(  # noqa: PLR0913
     tokens = encode(load_tokenizer(folder), prompts)
     longest = check_room(folder, [len(ids) for ids in tokens], chosen.max_new_tokens)
     options = chosen.options(budget, longest)
+    if kept is not None and kept.store is not None:
+        options["store"] = kept.store
     with open_offloaded(
         model, policy, dtype=chosen.dtype, record=True, progress=progress, **options
     ) as opened:
+        if kept is not None:
+            kept.take(opened.runner.engine.store)
         run = _LiveRun(opened, chosen, tokens)
         if log is not None:
             opened.runner.engine.planner.log = log
@@ -138,11 +146,16 @@ def run_live(  # noqa: PLR0913
         session = TraceSession(chosen.setup(out))
         result = result_of(session, world)
     measured = world.measured()
-    measured.gpu_peak_bytes, measured.host_peak_bytes = memory, _host_peak_bytes()
-    measured.gpu_predicted_bytes = int(
-        sum(result.memory[name] for name in ("slots_bytes", "dense_bytes", "kv_bytes"))
-    )
+    measured.gpu_peak_bytes, measured.host_peak_bytes = memory, host_peak_bytes()
+    measured.gpu_predicted_bytes = predicted_bytes(result.memory | run.memory(session, world))
     return out, result, recording, measured
+
+
+@contextmanager
+def live_runs() -> Iterator[Callable[..., Any]]:
+    """:func:`run_live` for several runs of one checkpoint, whose experts are read once."""
+    with KeptStore() as kept:
+        yield functools.partial(run_live, kept=kept)
 
 
 class _LiveRun:
@@ -163,32 +176,51 @@ class _LiveRun:
             opened.model, greedy, settings.max_new_tokens, stop=settings.batch == 1
         )
 
+    @property
+    def _groups(self) -> list[Sequence[Sequence[int]]]:
+        """The tokens of the prompts, batch by batch."""
+        batch = self._settings.batch
+        return [self._tokens[at : at + batch] for at in range(0, len(self._tokens), batch)]
+
     def run(
         self, spans: bool, advance: Callable[[int], None]
     ) -> tuple[RealWorld, Recording | None, int]:
         """Generate; the finished world, the recording and the device's peak in bytes."""
         opened = self._opened
         engine, device = opened.runner.engine, opened.device
-        groups = [
-            self._tokens[at : at + self._settings.batch]
-            for at in range(0, len(self._tokens), self._settings.batch)
-        ]
+        groups = self._groups
         recording = Recording(engine.planner.context, with_spans=True) if spans else None
         kind = "gpu" if device.type == "cuda" else device.type
-        _forget_peaks(device)
+        forget_peaks(device)
         with fitting(device), no_garbage_collection():
             for size in sorted({len(group) for group in groups}, reverse=True):
                 self._warm_up(size)
             world = RealWorld(engine, self._costs(), kind, recording)
             with self._timing(world):
                 for group in groups:
-                    ids, mask = _left_padded(group, torch.device("cpu"))
+                    ids, mask = left_padded(group, torch.device("cpu"))
                     opened.generate(ids, mask, self._config, self._length)
                     gc.collect()
                     advance(len(group))
             engine.lanes.finish()
             world.finish()
-        return world, recording, _peak_bytes(device)
+        return world, recording, peak_bytes(device)
+
+    def memory(self, session: TraceSession, world: RealWorld) -> dict[str, float]:
+        """What a result's memory is here: prompts are padded, and so is the cache.
+
+        *session* is that of the recorded trace, *world* the finished run.
+        """
+        groups, length = self._groups, self._length
+        prompts = max(len(group) * max(map(len, group)) for group in groups)
+        sizes = {len(group) for group in groups}
+        shape = Shape(prompts, max(sizes), length, prefills=len(groups))
+        # A cache is kept for every size.
+        padding = max(sum(sizes) * length - session.kv_tokens, 0)
+        return {
+            "activations_bytes": activations_bytes(session.model, shape, precisions(world)),
+            "padding_bytes": padding * session.model.kv_bytes_per_token,
+        }
 
     def _costs(self) -> Costs:
         """What bytes weigh and copies cost, from the dimensions that the trace states too."""
@@ -230,7 +262,8 @@ class _LiveRun:
         runner, graphs = opened.runner, opened.runner.graphs
         if graphs is None:
             return
-        hook, model, inner, plain = runner.hook, opened.model, opened.model.forward, runner._forward
+        hook, model, plain = runner.hook, opened.model, runner.plain_forward
+        inner = model.forward
 
         @functools.wraps(inner)
         def forward(**kwargs: Any) -> Any:

@@ -25,7 +25,8 @@ class Measured:
 
     *link_busy_of_stall* is the share of the time in which the device waited for copies during
     which the link carried some; *link_bytes_per_s* what it carried while busy. Memory is in
-    bytes at its peak; *gpu_predicted_bytes* sums slots, dense part, keys and values.
+    bytes at its peak; *gpu_predicted_bytes* is what
+    :func:`policies.memory.predicted_bytes` said.
     """
 
     gpu_peak_bytes: int = 0

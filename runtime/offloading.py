@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from policies.costs import Costs
 from policies.hardware import HardwareProfile, load_profile
 from policies.planner import Planner
 from policies.registry import FORECASTERS, POLICIES
-from policies.session import POOLS
+from policies.session import POOLS, check_pool
 from policies.training import learn
 from runtime.bank import SlotBank
 from runtime.engine import Engine
@@ -27,7 +26,7 @@ from runtime.errors import OffloadError
 from runtime.families import Gate, find_gates, model_spec
 from runtime.hook import GateReader, Hook, install
 from runtime.lanes import lanes_for
-from runtime.layout import ExpertLayout, LowLayout
+from runtime.layout import ExpertLayout
 from runtime.load import pick_device
 from runtime.maths import Fused, Reference
 from runtime.runner import Runner
@@ -83,11 +82,14 @@ class Options:
                 raise OffloadError(f"{name} is {getattr(self, name)}, expected at least 1")
 
 
-def offload(model: Any, policy: str | Policy = "lru", **options: Any) -> Any:
+def offload(
+    model: Any, policy: str | Policy = "lru", *, store: HostStore | None = None, **options: Any
+) -> Any:
     """Keep the experts of *model* in host memory and only some on the device; returns it.
 
     *model* is a transformers causal language model on the CPU, or what
     :func:`runtime.streaming.open_checkpoint` opened. Options are those of :class:`Options`.
+    With a *store* that another model of the same weights has filled, no expert is read.
     Afterwards ``model.generate`` works as ever and ``model.expert_cache`` tells what
     happened. Raises :class:`OffloadError` or another :class:`traces.errors.InputError` and
     frees what it took if the model, the machine or an option does not allow it.
@@ -96,7 +98,7 @@ def offload(model: Any, policy: str | Policy = "lru", **options: Any) -> Any:
     for name in options:
         if name not in known:
             raise OffloadError(f"offload: unknown option {name!r}, expected {', '.join(known)}")
-    return _Builder(model, policy, Options(**options)).build()
+    return _Builder(model, policy, Options(**options)).build(store)
 
 
 class _Builder:
@@ -138,37 +140,49 @@ class _Builder:
                     f"{kind} {plugin.name!r} learns from a trace, expected train=FILE"
                 )
 
-    def build(self) -> Any:
-        options, model = self.options, self.model
+    def build(self, filled: HostStore | None) -> Any:
+        """Offload with the experts of *filled*, or with those of the model."""
+        model = self.model
         planner = self._planner()
-        cache = planner.cache
-        low = LowLayout(self.layout, self.policy.low_bits) if cache.low_slots else None
-        pin = options.pin and self.device.type == "cuda"
-        store = HostStore(self.spec.layers, self.spec.experts, self.layout, pin=pin)
+        store = filled or self._store()
+        if (store.layers, store.experts, store.layout) != self._shape:
+            raise OffloadError(
+                f"the store holds {store.layers} layers of {store.experts} experts of "
+                f"{store.layout.size_bytes} bytes, expected {self.spec.layers} of "
+                f"{self.spec.experts} of {self.layout.size_bytes} in the same order"
+            )
         bank: SlotBank | None = None
         try:
             # Slots first: that they do not fit is to be known before the experts are read.
-            bank = SlotBank(
-                self.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
-            )
-            store.fill(self.source())
-            if low is not None:
-                store.add_low(low, self.device)
+            bank = SlotBank.of(planner, self.layout, self.device)
+            if filled is None:
+                store.fill(self.source())
+            if bank.low_layout is not None:
+                store.add_low(bank.low_layout, self.device)
             drop_experts(self.gates)
             model.to(self.device)
             runner = self._runner(planner, store, bank)
         except BaseException as error:
             self._undo(store, bank)
             if isinstance(error, torch.OutOfMemoryError):
+                slots = planner.cache.full_slots
                 raise OffloadError(
                     f"out of memory on {self.device} for what is not experts, expected room "
-                    f"beside {cache.full_slots} slots; give fewer slots ({first_line(error)[:120]})"
+                    f"beside {slots} slots; give fewer slots ({first_line(error)[:120]})"
                 ) from None
             raise
         if runner.graphs is not None and model.generation_config is not None:
             _generate_over_static_cache(model.generation_config)
-        model.expert_cache = ExpertCacheHandle(model, runner)
+        model.expert_cache = ExpertCacheHandle(runner)
         return model
+
+    @property
+    def _shape(self) -> tuple[int, int, ExpertLayout]:
+        return self.spec.layers, self.spec.experts, self.layout
+
+    def _store(self) -> HostStore:
+        """An empty store for the experts."""
+        return HostStore(*self._shape, pin=self.options.pin and self.device.type == "cuda")
 
     def _undo(self, store: HostStore, bank: SlotBank | None) -> None:
         """Give back what a failed attempt took, on the device too."""
@@ -211,12 +225,7 @@ class _Builder:
             gpu = dataclasses.replace(profile.gpu, memory_bytes=memory)
             profile = dataclasses.replace(profile, gpu=gpu)
         slots = budget.resolve(self.spec, profile, options.max_tokens * options.batch)
-        least = self.spec.layers * self.spec.top_k
-        if options.pool == "layer" and slots < least:
-            raise OffloadError(
-                f"pool is 'layer' with {slots} slots, expected at least {least}: "
-                f"top_k = {self.spec.top_k} for each of {self.spec.layers} layers"
-            )
+        check_pool(options.pool, slots, self.spec, option="pool")
         return slots
 
     def _runner(self, planner: Planner, store: HostStore, bank: SlotBank) -> Runner:
@@ -267,9 +276,8 @@ def _generate_over_static_cache(config: Any) -> None:
 class ExpertCacheHandle:
     """``model.expert_cache``: what happened so far, and the way to free everything."""
 
-    def __init__(self, model: Any, runner: Runner) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self._finalizer = weakref.finalize(model, runner.close)
 
     def stats(self) -> dict[str, Any]:
         """Counts and bytes since the start, and what Belady would have missed (None live).
@@ -285,4 +293,4 @@ class ExpertCacheHandle:
 
     def close(self) -> None:
         """Free the slots and the host store; the model cannot run any more."""
-        self._finalizer()
+        self.runner.close()

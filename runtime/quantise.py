@@ -5,32 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from policies.memory import PIECE
 from runtime.layout import LowLayout
 from traces.errors import InputError
 from traces.model import QUANT_GROUP
-
-#: Weights taken at a time, whole groups: bounds the float32 copies made on the way.
-CHUNK = QUANT_GROUP * 2**18
 
 #: The largest and the smallest positive float16.
 MAX_SCALE = float(torch.finfo(torch.float16).max)
 MIN_SCALE = 2.0**-24
 
 
-def quantise(flat: Tensor, low: LowLayout) -> Tensor:
+def quantise(
+    flat: Tensor,
+    low: LowLayout,
+    *,
+    device: torch.device | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """The low-precision copy uint8 [low.size_bytes] of one expert's weights *flat* [params].
 
     Each weight becomes the nearest multiple of its group's scale, and is off by at most half
     of it; a group of zeros stays exactly zero. Weights that are not finite, or too large for
-    a float16 scale, are an :class:`InputError`. Works where *flat* lies.
+    a float16 scale, are an :class:`InputError`. The copy is *out*, if given, else it lies
+    beside *flat*; it is worked out on *device* (where *flat* lies by default), which never
+    holds more than one piece of the expert.
     """
     params = low.full.params
     if flat.shape != (params,):
         raise InputError(f"expert of shape {tuple(flat.shape)}, expected {params} weights")
-    block = torch.zeros(low.size_bytes, dtype=torch.uint8, device=flat.device)
+    block = out
+    if block is None:
+        block = torch.empty(low.size_bytes, dtype=torch.uint8, device=flat.device)
+    # The bytes that align the scales belong to no weight.
+    block[-(-params * low.bits // 8) : low.weight_bytes] = 0
     scales = block[low.weight_bytes :].view(torch.float16)
-    for first in range(0, params, CHUNK):
-        values, scale = _steps(flat[first : first + CHUNK], 2 ** (low.bits - 1) - 1)
+    for first in range(0, params, PIECE):
+        piece = flat[first : first + PIECE].to(device or flat.device)
+        values, scale = _steps(piece, 2 ** (low.bits - 1) - 1)
         scales[first // QUANT_GROUP :][: len(scale)] = scale
         packed = _pack(values, low.bits)
         start = first * low.bits // 8
@@ -39,19 +50,34 @@ def quantise(flat: Tensor, low: LowLayout) -> Tensor:
 
 
 def dequantise(block: Tensor, low: LowLayout, dtype: torch.dtype) -> Tensor:
-    """The weights [n, params] in *dtype* of *n* copies, *block* uint8 [n, >= low.size_bytes]."""
+    """The weights [n, params] in *dtype* of *n* copies, *block* uint8 [n, >= low.size_bytes].
+
+    Raised :data:`policies.memory.PIECE` weights at a time, so that hardly more than the result
+    is held.
+    """
     count, params = len(block), low.full.params
-    values = _unpack(block[:, : low.weight_bytes], low.bits)[:, :params]
-    scales = block[:, low.weight_bytes : low.size_bytes].contiguous().view(torch.float16)
     out = torch.empty(count, params, dtype=dtype, device=block.device)
-    whole = params // QUANT_GROUP * QUANT_GROUP
+    step = max(PIECE // max(count, 1) // QUANT_GROUP, 1) * QUANT_GROUP
+    for first in range(0, params, step):
+        _raise_piece(block, low, out[:, first : first + step], first)
+    return out
+
+
+def _raise_piece(block: Tensor, low: LowLayout, out: Tensor, first: int) -> None:
+    """Weights *first*, which begins a group, and on of the copies *block* into *out* [n, m]."""
+    count, wanted = out.shape
+    begin, end = first * low.bits // 8, -(-(first + wanted) * low.bits // 8)
+    values = _unpack(block[:, begin:end], low.bits)[:, :wanted]
+    begin = low.weight_bytes + 2 * (first // QUANT_GROUP)
+    groups = -(-wanted // QUANT_GROUP)
+    scales = block[:, begin : begin + 2 * groups].contiguous().view(torch.float16)
+    whole = wanted // QUANT_GROUP * QUANT_GROUP
     if whole:
         grouped = values[:, :whole].reshape(count, -1, QUANT_GROUP).float()
         grouped *= scales[:, : whole // QUANT_GROUP, None].float()
-        out[:, :whole] = grouped.reshape(count, whole)
-    if whole < params:
+        out[:, :whole] = grouped.view(count, whole)
+    if whole < wanted:
         out[:, whole:] = values[:, whole:].float() * scales[:, -1:].float()
-    return out
 
 
 def _steps(flat: Tensor, most: int) -> tuple[Tensor, Tensor]:

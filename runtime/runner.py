@@ -16,18 +16,23 @@ from torch import Tensor
 
 from policies.hindsight import belady_missed
 from policies.routing import Step
-from runtime.errors import OffloadError
-from runtime.graphs import decode_graphs
+from runtime.errors import OffloadError, warn_uncaptured
+from runtime.graphs import DecodeGraphs, decode_graphs
+from runtime.holdings import Holdings
 from runtime.hook import Hook, Steps
 from runtime.masks import with_masks
 from runtime.maths import Reference
+from runtime.rotary import follows_length, keep_frequencies
 
 
 class StepSource(Steps, Protocol):
     """Knows the step that a forward pass is, and what is to be kept of it."""
 
     def begin(self, tokens: Any, real: Any, fresh: bool) -> Step:
-        """The step that runs *tokens* int [B, S], *real* false for padding."""
+        """The step that runs *tokens* int [B, S], *real* false for padding.
+
+        *tokens* lie on the model's device: to read them is to wait for it.
+        """
         ...
 
     def end(self, step: Step) -> None:
@@ -44,8 +49,8 @@ class Runner:
 
     def __init__(self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool) -> None:
         self.hook, self.engine, self.steps = hook, hook.engine, steps
-        self._forward = _without_owner(model.forward)
-        self.graphs = decode_graphs(hook, self._forward) if graphs else None
+        self.plain_forward = _without_owner(model.forward)
+        self.graphs = self._decode_graphs(model) if graphs else None
         self._config, self._dtype = model.config, model.dtype
         self._demand: list[list[list[int]]] = []
         #: The cache of the pass before, which is not to be kept alive.
@@ -56,6 +61,24 @@ class Runner:
         own = model.forward
         self._names = list(inspect.signature(own).parameters)
         model.forward = functools.wraps(own)(partial(Runner.forward, self))
+        self._holdings = Holdings(self.engine)
+        self._free = weakref.finalize(model, self._holdings.free)
+
+    def _decode_graphs(self, model: Any) -> DecodeGraphs | None:
+        """Room for captured decode steps, after making *model* ready for them; None if it is not.
+
+        What looks at the length of a sequence is refused here: a capture that the device breaks
+        off may leave its random generator unusable.
+        """
+        graphs = decode_graphs(self.hook, self.plain_forward)
+        if graphs is None:
+            return None
+        why = follows_length(model)
+        if why:
+            warn_uncaptured(why)
+            return None
+        keep_frequencies(model, self.engine.lanes.device)
+        return graphs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass from the slots."""
@@ -80,7 +103,7 @@ class Runner:
         ids = kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         fresh = self._is_fresh(cache, ids.shape[1])
-        step = self.steps.begin(ids.cpu().numpy(), _real_tokens(kwargs, ids, fresh), fresh)
+        step = self.steps.begin(ids, _real_tokens(kwargs, ids, fresh), fresh)
         self.hook.step = step
         decoding = ids.shape[1] == 1 and not fresh
         maths = self.hook.maths
@@ -91,7 +114,7 @@ class Runner:
                 kwargs = with_masks(self._config, self._dtype, kwargs)
                 if self.graphs.suits(kwargs):
                     return self.graphs.run(kwargs)
-            return self._forward(**kwargs)
+            return self.plain_forward(**kwargs)
 
     @contextlib.contextmanager
     def _stepping(self, step: Step) -> Iterator[None]:
@@ -164,16 +187,12 @@ class Runner:
         if self._closed:
             return
         self._closed = why
-        with contextlib.suppress(Exception):
-            self.engine.lanes.finish()
+        self._holdings.finish()
         self.hook.step = None
         self.graphs = None
+        # These hold on to the slots.
         self.hook.maths = _Gone()
-        self.engine.bank.free()
-        self.engine.table.free()
-        self.engine.store.close()
-        if self.engine.lanes.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free()
 
 
 class _Gone:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import gc
-import resource
 from collections.abc import Callable, Iterable
 
 import torch
 
 from policies.budget import Budget
 from policies.decisions import DecisionLog
+from policies.memory import predicted_bytes
 from policies.outcome import result_of
+from policies.planner import Planner
 from policies.recording import Recording
 from policies.result import Result
 from policies.routing import Step
 from policies.session import Prepared, Setup, TraceSession, no_garbage_collection
 from runtime.bank import SlotBank
 from runtime.engine import Engine
+from runtime.eventclock import EventClock
 from runtime.hook import uninstall
 from runtime.lanes import lanes_for
-from runtime.layout import LowLayout
 from runtime.load import fitting, pick_device
 from runtime.measuring import MARK_EVERY, Measured, RealWorld
 from runtime.offloading import Options, make_hook
+from runtime.peaks import forget_peaks, host_peak_bytes, peak_bytes
 from runtime.replay import Replay
 from runtime.replay_model import ReplayModel
 
@@ -79,19 +81,12 @@ class ReplaySession(TraceSession):
         self.open()
         context = prepared.planner.context
         recording = Recording(context, with_spans=spans) if record or spans else None
-        _forget_peaks(self.device)
         with fitting(self.device):
             world, memory = self._run(prepared, watch, recording)
         result = result_of(self, world)
         measured = world.measured()
-        measured.gpu_peak_bytes, measured.host_peak_bytes = memory, _host_peak_bytes()
-        parts = result.memory
-        measured.gpu_predicted_bytes = int(
-            parts["slots_bytes"]
-            + parts["dense_bytes"]
-            + parts["kv_bytes"]
-            + self.profile.gpu.workspace_bytes
-        )
+        measured.gpu_peak_bytes, measured.host_peak_bytes = memory, host_peak_bytes()
+        measured.gpu_predicted_bytes = predicted_bytes(result.memory)
         return result, recording, measured
 
     def _run(
@@ -101,25 +96,22 @@ class ReplaySession(TraceSession):
         recording: Recording | None = None,
         *,
         mark_every: int = MARK_EVERY,
+        clock: EventClock | None = None,
     ) -> tuple[RealWorld, int]:
         real, planner = self.real, prepared.planner
         assert real is not None
-        store, cache = real.store, planner.cache
-        low = LowLayout(real.layout, planner.policy.low_bits) if cache.low_slots else None
-        if low is not None:
-            store.add_low(low, self.device)
-        bank = SlotBank(
-            real.layout, cache.full_slots, self.device, low_layout=low, low=cache.low_slots
-        )
+        store, bank = real.store, self._filled_bank(real, planner)
+        forget_peaks(self.device)
         engine = Engine(planner, store, bank, lanes_for(self.device, timed=True), self.setup.depth)
         kind = "gpu" if self.device.type == "cuda" else self.device.type
         world = RealWorld(engine, prepared.costs, kind, recording, mark_every)
         hook = make_hook(real.model, real.gates, engine, self.options)
+        engine.clock = clock
         replay = Replay(real.model, hook, self.model, self.options, self.batches())
         try:
             with no_garbage_collection(), torch.no_grad():
                 replay.run(watch(prepared.steps()), world)
-            return world, _peak_bytes(self.device)
+            return world, peak_bytes(self.device)
         finally:
             engine.lanes.finish()
             replay.close()
@@ -131,23 +123,19 @@ class ReplaySession(TraceSession):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _filled_bank(self, real: ReplayModel, planner: Planner) -> SlotBank:
+        """Slots for *planner*, with low-precision copies in the store if it has slots for them."""
+        bank = SlotBank.of(planner, real.layout, self.device)
+        if bank.low_layout is not None:
+            try:
+                real.store.add_low(bank.low_layout, self.device)
+            except BaseException:
+                bank.free()
+                raise
+        return bank
+
     def close(self) -> None:
         """Free model and store, unless they are another session's."""
         if self.real is not None and not self._borrowed:
             self.real.close()
         self.real = None
-
-
-def _forget_peaks(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
-
-
-def _host_peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -33,6 +33,33 @@ class Answer:
         self.experts, self.weights, self.ahead = experts, weights, ahead
 
 
+class LiveStep(Step):
+    """A step under way, whose token ids stay on the device until somebody reads them.
+
+    Reading them waits for the device, which every step would otherwise do before it begins.
+    """
+
+    __slots__ = ("_ids", "_mask", "_tokens")
+
+    def __init__(self, number: int, phase: str, tokens: Any, mask: npt.NDArray[np.bool_]) -> None:
+        """*tokens* int [B, S] on any device, those of the step where *mask* [B, S] is true."""
+        super().__init__(number, phase, int(mask.sum()))
+        self._tokens, self._mask = tokens, mask
+
+    @property
+    def token_ids(self) -> Ints | None:
+        """Ids [T] of the step's tokens."""
+        if self._tokens is not None:
+            tokens, self._tokens = self._tokens, None
+            host = tokens.cpu().numpy() if hasattr(tokens, "cpu") else tokens
+            self._ids: Ints | None = host[self._mask]
+        return self._ids
+
+    @token_ids.setter
+    def token_ids(self, ids: Ints | None) -> None:
+        self._tokens, self._ids = None, ids
+
+
 class LiveSteps:
     """Steps of a model that generates: what they demand is known gate by gate.
 
@@ -50,22 +77,26 @@ class LiveSteps:
         self._real: Ints | None = None
         self._kept: dict[int, list[tuple[Step, int]]] | None = {} if keep else None
 
-    def begin(self, tokens: Ints, real: npt.NDArray[np.bool_] | None, fresh: bool) -> Step:
+    def begin(self, tokens: Any, real: npt.NDArray[np.bool_] | None, fresh: bool) -> Step:
         """The step that runs *tokens* int [B, S]; *real* [B, S] is False for padding.
 
-        *fresh* says that the sequences are new ones. Padding demands nothing.
+        *tokens* are an array or a tensor on any device, whose values are brought to the host
+        for what is kept, else when a plug-in asks for them. *fresh* says that the sequences
+        are new ones. Padding demands nothing.
         """
         batch = len(tokens)
         if fresh or len(self._ids) != batch:
             self._ids = np.arange(self._next_sequence, self._next_sequence + batch)
             self._next_sequence += batch
             self._positions = np.zeros(batch, dtype=np.int64)
-        mask = np.ones(tokens.shape, dtype=bool) if real is None else real
+        mask = np.ones(tuple(tokens.shape), dtype=bool) if real is None else real
         counts = mask.sum(axis=1)
-        step = Step(self._number, PREFILL if fresh else DECODE, int(counts.sum()))
+        step = LiveStep(self._number, PREFILL if fresh else DECODE, tokens, mask)
+        if self._kept is not None:
+            # What is kept must not change when the caller writes over its tensor.
+            step.token_ids = step.token_ids
         self._number += 1
         self._real = None if real is None or real.all() else np.flatnonzero(mask.reshape(-1))
-        step.token_ids = tokens[mask]
         step.sequence_ids = np.repeat(self._ids, counts)
         step.positions = np.concatenate(
             [start + np.arange(n) for start, n in zip(self._positions, counts, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import weakref
@@ -40,7 +41,7 @@ class PinnedBlock:
     def __init__(self, size_bytes: int, *, pin: bool, what: str) -> None:
         self.what = what
         try:
-            self._memory = mmap.mmap(-1, size_bytes)
+            self._memory = _large_pages(size_bytes)
         except (OSError, ValueError, OverflowError) as error:
             raise self._refusal(size_bytes, "host", str(error)) from None
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
@@ -74,6 +75,21 @@ class PinnedBlock:
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
 
+def _large_pages(size_bytes: int) -> mmap.mmap:
+    """Memory in pages of 2 MiB where the system has them: registered fast, and copied steadily.
+
+    A copy engine that looks up every page of 4 KiB is slowed down by whoever else does.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size_bytes)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A child process must not make the pages that are registered the copied ones.
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+        with contextlib.suppress(OSError):  # a kernel without the feature
+            memory.madvise(advice)
+    return memory
+
+
 def _unregister(address: int, memory: mmap.mmap) -> None:
     """Let CUDA forget *memory*, which lies at *address* and lives until then."""
     _cudart().cudaHostUnregister(address)
@@ -102,7 +118,10 @@ class HostStore:
         self.layout = layout
         self.low_layout: LowLayout | None = None
         self.pin = pin
+        #: Whether :meth:`close` leaves all as it is: the experts are another model's next.
+        self.kept = False
         self._blocks: list[PinnedBlock] = []
+        self._low_blocks: list[PinnedBlock] = []
         self.full: list[Tensor] = []
         self.low: list[Tensor] = []
         self._views: list[Mapping[str, Tensor]] = []
@@ -113,20 +132,20 @@ class HostStore:
     @property
     def size_bytes(self) -> int:
         """Bytes of host memory taken."""
-        return sum(block.bytes.numel() for block in self._blocks)
+        return sum(block.bytes.numel() for block in (*self._blocks, *self._low_blocks))
 
     def open_layer(self, layer: int) -> None:
         """Allocate the blocks of *layer*; layers are opened in order, as they are filled."""
         if layer * self.experts != len(self.full):
             raise ValueError(f"layer {layer} opened with {len(self.full)} experts stored")
-        block = self._block(layer, self.layout.stride_bytes, "experts")
+        block = self._block(layer, self.layout.stride_bytes, "experts", self._blocks)
         self.full += block.unbind(0)
         self._views.append(self.layout.views(block))
 
-    def _block(self, layer: int, stride_bytes: int, what: str) -> Tensor:
+    def _block(self, layer: int, stride_bytes: int, what: str, blocks: list[PinnedBlock]) -> Tensor:
         what = f"{what} of layer {layer}"
         block = PinnedBlock(self.experts * stride_bytes, pin=self.pin, what=what)
-        self._blocks.append(block)
+        blocks.append(block)
         return block.bytes.view(self.experts, stride_bytes)
 
     def parts(self, expert: int) -> dict[str, Tensor]:
@@ -145,21 +164,40 @@ class HostStore:
             view.copy_(parts[name])
 
     def add_low(self, low: LowLayout, device: torch.device) -> None:
-        """Make low-precision copies of all experts, worked out on *device*; kept from then on."""
+        """Make low-precision copies of all experts, worked out on *device*; kept from then on.
+
+        Copies at another precision give way. The device holds a piece of one expert at a time,
+        and nothing afterwards. What fails or is interrupted leaves no copies.
+        """
         if self.low_layout == low:
             return
-        if self.low_layout is not None:
-            raise OffloadError(
-                f"low_bits is {low.bits}, expected {self.low_layout.bits} as in the copies "
-                "that were made already"
-            )
+        self._drop_low()
+        try:
+            for layer in range(self.layers):
+                self._add_low_layer(layer, low, device)
+        except BaseException:
+            self._drop_low()
+            raise
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         self.low_layout = low
+
+    def _add_low_layer(self, layer: int, low: LowLayout, device: torch.device) -> None:
         size = self.layout.size_bytes
-        for layer in range(self.layers):
-            self.low += self._block(layer, low.stride_bytes, "low-precision experts").unbind(0)
-            for expert in range(layer * self.experts, (layer + 1) * self.experts):
-                flat = self.full[expert][:size].view(self.layout.dtype).to(device)
-                self.low[expert][: low.size_bytes].copy_(quantise(flat, low))
+        what = "low-precision experts"
+        self.low += self._block(layer, low.stride_bytes, what, self._low_blocks).unbind(0)
+        for expert in range(layer * self.experts, (layer + 1) * self.experts):
+            flat = self.full[expert][:size].view(self.layout.dtype)
+            quantise(flat, low, device=device, out=self.low[expert][: low.size_bytes])
+
+    def _drop_low(self) -> None:
+        """Free the low-precision copies; nobody may be using them."""
+        self.low_layout = None
+        self.low.clear()
+        for block in self._low_blocks:
+            block.close()
+        self._low_blocks.clear()
 
     def fill(
         self, source: Iterable[Loaded], advance: Callable[[int], None] = lambda experts: None
@@ -179,13 +217,40 @@ class HostStore:
             raise
 
     def close(self) -> None:
-        """Free all blocks."""
+        """Free all blocks, unless they are kept."""
+        if self.kept:
+            return
+        self._drop_low()
         # Emptied, not replaced: the link holds on to these lists.
-        for views in (self.full, self.low, self._views):
+        for views in (self.full, self._views):
             views.clear()
         for block in self._blocks:
             block.close()
         self._blocks.clear()
+
+
+class KeptStore:
+    """The experts of one checkpoint, kept in host memory from model to model.
+
+    *store* is None until :meth:`take`. Freed at the end of its ``with`` statement.
+    """
+
+    def __init__(self) -> None:
+        self.store: HostStore | None = None
+
+    def take(self, store: HostStore) -> None:
+        """Keep *store*, which a model has filled, also when that model is closed."""
+        store.kept = True
+        self.store = store
+
+    def __enter__(self) -> KeptStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.store is not None:
+            self.store.kept = False
+            self.store.close()
+        self.store = None
 
 
 def check_finite(parts: Mapping[str, Tensor], where: str) -> None:

@@ -41,23 +41,29 @@ def live(
 ) -> Iterator[Done]:
     """Generate with a checkpoint in every cell, then simulate the routing that it recorded.
 
-    *generate* is :func:`runtime.live.run_live` or what stands in for it.
+    *generate* is :func:`runtime.live.run_live` or what stands in for it. The experts of the
+    checkpoint are read in the first cell and stay in host memory; the rest is read in each.
     """
-    with _trace_folder(request.keep) as folder:
+    with _trace_folder(request.keep) as folder, _runs(generate) as started:
         for number, run in enumerate(request.runs, start=1):
             out = folder / f"cell-{number}.parquet"
             try:
                 spans = number == request.timeline_cell
-                yield _lived(_Live(request, bars, generate or _run_live(), out, spans), run)
+                yield _lived(_Live(request, bars, started, out, spans), run)
             except FAILURES as error:
                 yield _live_failure(request, run, error)
 
 
-def _run_live() -> Callable[..., Any]:
-    from runtime.live import run_live
+@contextmanager
+def _runs(generate: Callable[..., Any] | None) -> Iterator[Callable[..., Any]]:
+    """*generate*, or the runtime's own with one set of experts for all cells."""
+    if generate is not None:
+        yield generate
+        return
+    from runtime.live import live_runs
 
-    generate: Callable[..., Any] = run_live
-    return generate
+    with live_runs() as started:
+        yield started
 
 
 @contextmanager

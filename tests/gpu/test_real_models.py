@@ -1,7 +1,8 @@
 """Trained models and real prompts: offloaded, they write what they write without.
 
-The models and ``val.jsonl`` lie in the folder that ``EXPERTFLOW_MODELS`` names, else in
-``../shared``. On a GPU every prompt is run; on the CPU a few, with transformers' kernels.
+The models lie in the folder that ``EXPERTFLOW_MODELS`` names, ``val.jsonl`` beside them, or else
+all in ``../shared``. A model that is not there is skipped. On a GPU more prompts are run than on
+the CPU, which runs transformers' kernels alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,20 @@ NEW_TOKENS = {"cuda": 64, "cpu": 12}
 NEAR_TIE = 4 * 2.0**-8
 
 pytestmark = pytest.mark.skipif(
-    not PROMPTS.is_file(), reason="needs the trained models: EXPERTFLOW_MODELS or ../shared"
+    not PROMPTS.is_file(), reason=f"{PROMPTS} is not there: set EXPERTFLOW_MODELS to its folder"
+)
+MODEL = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                not (MODELS / name / "model.safetensors").is_file(),
+                reason=f"{MODELS / name} is not there",
+            ),
+        )
+        for name in NAMES
+    ],
 )
 on_gpu = [
     pytest.mark.gpu,
@@ -117,7 +131,7 @@ def _made(opened: Offloaded, ids) -> list[int]:
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("share", range(4), ids=["top_k", "25%", "50%", "all"])
 @pytest.mark.parametrize("policy", ["lru", "predictive"])
-@pytest.mark.parametrize("name", NAMES)
+@MODEL
 def test_our_kernels_write_the_same_text(name, policy, share, plain):
     """In float32 no text parts from the plain model's."""
     expected = plain(name, "cuda", "float32")
@@ -132,7 +146,7 @@ def test_our_kernels_write_the_same_text(name, policy, share, plain):
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("share", range(4), ids=["top_k", "25%", "50%", "all"])
 @pytest.mark.parametrize("policy", ["lru", "predictive"])
-@pytest.mark.parametrize("name", NAMES)
+@MODEL
 def test_texts_part_at_near_ties_alone(name, policy, share, plain, record_property):
     """In bfloat16 two kernels round apart: as transformers' own do among themselves."""
     expected = plain(name, "cuda")
@@ -157,26 +171,24 @@ def test_texts_part_at_near_ties_alone(name, policy, share, plain, record_proper
 
 
 def _parting(truth, ids, found, expected) -> tuple[int, float]:
-    """Where two texts part, and how far apart the two tokens are in float32.
+    """Where two texts part, and how far the worse of the two tokens is from the best in float32.
 
-    The gap is that between the two tokens' logits, as a share of the largest logit; the
-    tokens must also be the two that float32 ranks best, else it is infinite.
+    The gap is that between their logits, as a share of the largest logit: both tokens must have
+    come near to the best one, be it one of the two or a third.
     """
     pairs = enumerate(zip(found, expected, strict=False))
     at = next(i for i, (ours, theirs) in pairs if ours != theirs)
     prefix = torch.cat([ids, torch.tensor([expected[:at]], dtype=torch.int64)], dim=1)
     with torch.no_grad():
         logits = truth(input_ids=prefix.to(truth.device), use_cache=False).logits[0, -1]
-    best = set(logits.topk(2).indices.tolist())
-    if {found[at], expected[at]} != best:
-        return at, float("inf")
-    gap = (logits[found[at]] - logits[expected[at]]).abs() / logits.abs().max()
+    worse = torch.minimum(logits[found[at]], logits[expected[at]])
+    gap = (logits.max() - worse) / logits.abs().max()
     return at, float(gap)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("share", range(4), ids=["top_k", "25%", "50%", "all"])
-@pytest.mark.parametrize("name", NAMES)
+@MODEL
 def test_transformers_kernels_on_slots_are_equal_bit_by_bit(name, share, device, plain):
     """The text, and the logits of every token of it, are those of the plain model."""
     expected = plain(name, device)
@@ -193,7 +205,7 @@ def test_transformers_kernels_on_slots_are_equal_bit_by_bit(name, share, device,
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@MODEL
 def test_a_prefetching_policy_changes_nothing(name, device, plain):
     """Predictive, with live gates ahead, changes no bit with transformers' kernels."""
     expected = plain(name, device)

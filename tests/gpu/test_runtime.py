@@ -132,8 +132,55 @@ def test_fused_with_late_copies(family, graphs):
                 ):
                     scale = 1 + float(theirs.abs().max())
                     assert float((ours - theirs).abs().max()) < 2e-3 * scale, (slots, kind, step)
-        assert (model.expert_cache.runner.graphs is not None) == graphs
+        found = model.expert_cache.runner.graphs
+        assert (found is not None) == graphs
+        assert found is None or found.captured
         model.expert_cache.close()
+
+
+#: Longer than 8 tokens, a sequence is scaled otherwise: in the midst of those decoded here.
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 8,
+}
+
+
+def test_what_follows_the_length_runs_uncaptured():
+    """phimoe's scale changes in mid-sequence, which a captured pass would not notice."""
+    plain = tiny_model("phimoe", rope_parameters=LONG_ROPE).cuda()
+    plain.set_experts_implementation("batched_mm")
+    with pytest.warns(RuntimeWarning, match=r"cannot be captured as CUDA graphs \(.*longrope"):
+        model = offload(tiny_model("phimoe", rope_parameters=LONG_ROPE), slots=7, device="cuda")
+    assert model.expert_cache.runner.graphs is None
+    for kind in ("static", "dynamic"):
+        for ours, theirs in zip(logits_of(model, kind), logits_of(plain, kind), strict=True):
+            assert float((ours - theirs).abs().max()) < 2e-3 * (1 + float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("slots", [5, 24])
+def test_a_replayed_step_waits_for_no_copy_to_the_host(slots):
+    """The host follows the gates' answers through pinned memory; nothing else is read."""
+    model = offload(tiny_model("mixtral"), slots=slots, device="cuda")
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    prompt = PADDED[1:2].cuda()
+    graphs = model.expert_cache.runner.graphs
+    with torch.no_grad():
+        model(input_ids=prompt, past_key_values=cache)
+        for step in range(6):
+            ids = NEXT[1:2, step % 5 : step % 5 + 1].cuda()
+            at = torch.tensor([[prompt.shape[1] + step]], device="cuda")
+            captured = graphs.captured
+            torch.cuda.set_sync_debug_mode("error" if captured else "default")
+            try:
+                model(input_ids=ids, position_ids=at, past_key_values=cache)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert captured == graphs.captured == 1
 
 
 def test_graphs_are_used_by_generate():

@@ -168,7 +168,7 @@ def test_pageable_memory(monkeypatch):
 
 
 class Rogue(LRU):
-    """Raises *error* at the 20th event."""
+    """Raises *error* at the 20th event, and keeps it with the frames it went through."""
 
     name = "rogue"
 

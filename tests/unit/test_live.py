@@ -16,11 +16,18 @@ import runtime.live  # noqa: E402
 import simctl  # noqa: E402
 from policies.budget import Budget  # noqa: E402
 from policies.decisions import DecisionLog  # noqa: E402
+from policies.memory import predicted_bytes  # noqa: E402
+from policies.planner import PolicyError  # noqa: E402
+from runtime.errors import OffloadError  # noqa: E402
 from runtime.generate import generation_config, open_offloaded  # noqa: E402
-from runtime.live import LiveSettings, run_live  # noqa: E402
+from runtime.layout import ExpertLayout  # noqa: E402
+from runtime.live import LiveSettings, live_runs, run_live  # noqa: E402
 from runtime.sampling import Sampling  # noqa: E402
+from runtime.store import HostStore  # noqa: E402
 from sim.session import Session  # noqa: E402
 from tests.helpers_checkpoint import tiny_checkpoint  # noqa: E402
+from tests.helpers_kernels import experts_module  # noqa: E402
+from tests.unit.test_runtime_session import RAISES  # noqa: E402
 from traces.errors import InputError  # noqa: E402
 from traces.store import open_trace  # noqa: E402
 
@@ -187,6 +194,42 @@ def test_the_store_is_freed_when_a_run_breaks(tiny, tmp_path, monkeypatch):
         both(tiny, tmp_path / "x.parquet", "lru", 9)
     assert opened[0].runner.engine.store.size_bytes == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_are_read_once_for_several_runs(tiny, tmp_path, monkeypatch):
+    """The same experts serve policies of one and two precisions; each run decides as ever."""
+    file = tmp_path / "mine.py"
+    file.write_text(RAISES)
+    read = []
+    fill = HostStore.fill
+    monkeypatch.setattr(HostStore, "fill", lambda *given: read.append(given[0]) or fill(*given))
+    with live_runs() as run:
+        policies = ("mixed", "lru", "mixed:low_bits=8", f"{file}:Raises", "lru")
+        for number, policy in enumerate(policies):
+            out = tmp_path / f"{number}.parquet"
+            options = {
+                "prompts": PROMPTS[:2], "policy": policy, "budget": Budget(slots=14), "out": out,
+                "device": "cpu", "max_new_tokens": 4,
+            }  # fmt: skip
+            if "Raises" in policy:
+                with pytest.raises(PolicyError, match="raised ZeroDivisionError: by nought"):
+                    run(tiny, **options)
+                continue
+            _, found, _, measured = run(tiny, **options)
+            setup = LiveSettings(device="cpu", max_new_tokens=4).setup(out)
+            expected, _ = Session(setup).run(policy, Budget(slots=14))
+            assert found.decisions_sha256 == expected.decisions_sha256
+            assert measured.gpu_predicted_bytes >= predicted_bytes(found.memory)
+        assert read[0].size_bytes > 0
+    assert len(read) == 1
+    assert read[0].size_bytes == 0
+
+
+def test_a_store_of_another_model_is_refused(tiny):
+    layout = ExpertLayout.of(experts_module("concatenated", torch.float32))
+    other = HostStore(2, 8, layout, pin=False)
+    with pytest.raises(OffloadError, match="the store holds 2 layers of 8 experts of"):
+        open_offloaded(tiny, "lru", slots=9, device="cpu", store=other)
 
 
 def test_sampling_overrides_what_the_files_say(tiny):

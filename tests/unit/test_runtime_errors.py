@@ -384,7 +384,7 @@ def test_no_room_for_the_rest_of_the_model(monkeypatch):
 
 
 def test_no_room_for_the_experts(monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(runtime.store.mmap, "mmap", refuse)

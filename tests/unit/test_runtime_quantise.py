@@ -87,8 +87,20 @@ def test_chunks_make_no_difference(bits, monkeypatch):
     flat = torch.randn(5 * QUANT_GROUP + 3)
     low = low_layout(len(flat), bits)
     whole = quantise(flat, low)
-    monkeypatch.setattr(module, "CHUNK", 2 * QUANT_GROUP)
+    found = dequantise(block_of(flat, low), low, torch.float32)
+    monkeypatch.setattr(module, "PIECE", 2 * QUANT_GROUP)
     assert torch.equal(quantise(flat, low), whole)
+    assert torch.equal(dequantise(block_of(flat, low), low, torch.float32), found)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_copy_can_be_written_where_it_belongs(bits):
+    """Worked out on another device, every byte of *out* is that of the copy."""
+    flat = torch.randn(3 * QUANT_GROUP + 1)
+    low = low_layout(len(flat), bits)
+    out = torch.full((low.size_bytes,), 0xAB, dtype=torch.uint8)
+    assert quantise(flat, low, device=torch.device("cpu"), out=out) is out
+    assert torch.equal(out, quantise(flat, low))
 
 
 def test_several_copies_at_once():

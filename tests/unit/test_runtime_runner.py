@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", reason="the extra 'gpu' is no
 
 from policies.budget import Budget  # noqa: E402
 from policies.builtin.lru import LRU  # noqa: E402
+from policies.planner import PolicyError  # noqa: E402
 from policies.session import Setup  # noqa: E402
 from runtime import offload  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
@@ -167,6 +168,50 @@ def test_interrupted_in_mid_step():
     assert freed(model)
     with pytest.raises(OffloadError, match=r"was freed after KeyboardInterrupt in mid-step"):
         generate(model)
+
+
+class KeepsItsError(LRU):
+    """Holds on to the error that it raises, and so to the traceback and every frame of it."""
+
+    name = "keeps-its-error"
+
+    def __init__(self, kind):
+        self.error = kind("boom")
+
+    def on_route(self, routing):
+        super().on_route(routing)
+        if routing.event == 8:
+            raise self.error
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_a_failed_model_goes_whatever_its_policy_keeps(kind):
+    model = offloaded(KeepsItsError(kind))
+    with pytest.raises((PolicyError, KeyboardInterrupt), match="boom"):
+        generate(model)
+    handle = model.expert_cache
+    gone = [weakref.ref(model), weakref.ref(handle.runner), *map(weakref.ref, model.parameters())]
+    del model, handle
+    gc.collect()
+    assert [each() for each in gone] == [None] * len(gone)
+
+
+def test_the_end_of_a_model_is_awaited_without_its_runner():
+    """What waits outlives the model: it must lead to nothing but what is to be freed."""
+    model = offloaded()
+    engine = model.expert_cache.runner.engine
+    found = [engine.bank, engine.table, engine.store, engine.lanes]
+    gone = weakref.ref(model.expert_cache.runner)
+    del model.expert_cache, model.forward, engine
+    for gate in find_gates(model):
+        gate.experts._expertflow = None
+    gc.collect()
+    assert gone() is None
+    store = found[2]
+    assert store.size_bytes > 0
+    del model
+    gc.collect()
+    assert store.size_bytes == 0
 
 
 class Stops:

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
 from policies.budget import Budget  # noqa: E402
+from policies.memory import predicted_bytes  # noqa: E402
 from policies.planner import PolicyError  # noqa: E402
 from policies.session import Setup  # noqa: E402
 from runtime.session import ReplaySession  # noqa: E402
@@ -120,6 +121,5 @@ def test_the_recording_is_of_this_run(session):
     assert sum(row.late for row in recording.steps) == result.late
     assert sum(row.demand_bytes for row in recording.steps) == result.bytes["demand"]
     assert 0 <= measured.link_busy_of_stall <= 1
-    assert measured.gpu_predicted_bytes == sum(
-        result.memory[name] for name in ("slots_bytes", "dense_bytes", "kv_bytes")
-    )
+    assert measured.gpu_predicted_bytes == predicted_bytes(result.memory)
+    assert result.memory["activations_bytes"] > 0

@@ -15,9 +15,16 @@ from runtime.errors import OffloadError  # noqa: E402
 from runtime.families import find_gates  # noqa: E402
 from runtime.layout import ExpertLayout, LowLayout  # noqa: E402
 from runtime.quantise import quantise  # noqa: E402
-from runtime.store import HostStore, PinnedBlock, available_bytes, experts_of  # noqa: E402
+from runtime.store import (  # noqa: E402
+    HostStore,
+    KeptStore,
+    PinnedBlock,
+    available_bytes,
+    experts_of,
+)
 from tests.helpers_kernels import LAYOUTS, experts_module  # noqa: E402
 from tests.tiny_models import tiny_model  # noqa: E402
+from traces.errors import InputError  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -89,8 +96,54 @@ def test_low_copies_are_made_once():
     for expert in (0, 7, 15):
         flat = store.full[expert][: layout.size_bytes].view(torch.float32)
         assert torch.equal(store.low[expert][: low.size_bytes], quantise(flat, low))
-    with pytest.raises(OffloadError, match="low_bits is 8, expected 4 as in the copies"):
-        store.add_low(LowLayout(layout, 8), CPU)
+
+
+def test_low_copies_of_another_precision_take_their_place():
+    module = experts_module("concatenated", torch.float32)
+    layout = ExpertLayout.of(module)
+    store = HostStore(2, 8, layout, pin=False)
+    store.fill(loaded(module))
+    link = store.low
+    for bits in (4, 8):
+        low = LowLayout(layout, bits)
+        store.add_low(low, CPU)
+        assert store.size_bytes == 16 * (layout.stride_bytes + low.stride_bytes)
+        flat = store.full[9][: layout.size_bytes].view(torch.float32)
+        assert torch.equal(link[9][: low.size_bytes], quantise(flat, low))
+    store.close()
+    assert store.size_bytes == 0
+
+
+def test_low_copies_that_fail_leave_none(cuda):
+    """The second layer's weights are no numbers."""
+    module = experts_module("concatenated", torch.float32)
+    layout = ExpertLayout.of(module)
+    store = HostStore(2, 8, layout, pin=True)
+    store.fill(loaded(module))
+    store.parts(9)["down_proj"].fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        store.add_low(LowLayout(layout, 4), CPU)
+    assert store.low == []
+    assert store.size_bytes == 16 * layout.stride_bytes
+    assert len(cuda.freed) == 2
+    store.parts(9)["down_proj"].fill_(1.0)
+    store.add_low(LowLayout(layout, 4), CPU)
+    assert len(store.low) == 16
+    store.close()
+
+
+def test_a_kept_store_outlives_the_models_that_use_it():
+    module = experts_module("concatenated", torch.float32)
+    store = HostStore(1, 8, ExpertLayout.of(module), pin=False)
+    store.fill(loaded(module, layers=1))
+    with KeptStore() as kept:
+        assert kept.store is None
+        kept.take(store)
+        store.close()
+        assert kept.store is store
+        assert len(store.full) == 8
+    assert store.size_bytes == 0
+    assert kept.store is None
 
 
 def test_too_few_experts_are_refused_and_freed():

@@ -1,0 +1,38 @@
+"""When the host had each gate's answer, its plan, and had launched what follows."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Times = npt.NDArray[np.float64]
+
+#: Columns of :meth:`EventClock.take`.
+ANSWERED, PLANNED, LAUNCHED = range(3)
+
+
+class EventClock:
+    """Three moments of every event on the host's clock; costs three readings of it.
+
+    Unlike marks on the device they leave the run as it is: from *answered* to *launched* the
+    host works, the first copy being issued after *planned*; from *launched* until the next
+    answer the device does.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._at = array("d")
+
+    def note(self) -> None:
+        """An answer has come, it is planned, or what follows has been launched: in turns."""
+        self._at.append(self._now())
+
+    def take(self, layers: int) -> Times:
+        """Seconds [steps, layers, 3] since the last time, which are then forgotten."""
+        times = np.array(self._at, dtype=np.float64)
+        self._at = array("d")
+        return times.reshape(-1, layers, 3)
