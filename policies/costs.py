@@ -63,9 +63,14 @@ class Costs:
         return host.policy_access_s.get(policy, host.access_s)
 
     def move_s(self, policy: str = "") -> float:
-        """Host seconds that *policy* and the planner take per move, its issue aside."""
+        """Host seconds that they take more for each demanded move, its issue aside."""
         host = self.profile.host
         return host.policy_move_s.get(policy, host.move_s)
+
+    def prefetch_s(self, policy: str = "") -> float:
+        """Host seconds that they take more for each prefetch, its issue aside."""
+        host = self.profile.host
+        return host.policy_prefetch_s.get(policy, host.prefetch_s)
 
     def idle_copy_s(self, size_bytes: int) -> float:
         """One host-to-device copy into an idle engine."""

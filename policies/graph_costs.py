@@ -7,10 +7,12 @@ they read (the floor) and the time of reading weights and key-value cache add up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from policies.hardware import ANY_FAMILY, HardwareProfile
+from policies.moves import Move
 from traces.model import ModelSpec
 from traces.sizes import Dimensions, dimensions, size_names
 
@@ -70,10 +72,18 @@ def _of_family(figures: Mapping[str, float], family: str, otherwise: float) -> f
     return figures.get(family, figures.get(ANY_FAMILY, otherwise))
 
 
+def table_changes(moves: Iterable[Move], total: int) -> int:
+    """Entries of a device's table of experts that *moves* change; *total* experts have one.
+
+    An expert that loses its slot and one that gets it; low-precision copies have no entry.
+    """
+    return sum((0 <= move.victim < total) + (move.copy < total) for move in moves)
+
+
 class GraphCosts:
     """Seconds of a decode step's parts as captured graphs for one model.
 
-    *launch_s* and *table_update_s* are host time, everything else the GPU's. Graphs have a
+    *launch_s* and :meth:`table_s` are host time, everything else the GPU's. Graphs have a
     key-value cache of fixed length: where it is known, *cache_tokens* per sequence are read
     at every step, not only those that are filled.
     """
@@ -81,7 +91,8 @@ class GraphCosts:
     def __init__(self, profile: HardwareProfile, model: ModelSpec, cache_tokens: int = 0) -> None:
         self.profile, self.model, self.cache_tokens = profile, model, cache_tokens
         self.launch_s = profile.host.graph_launch_s
-        self.table_update_s = profile.host.table_update_s
+        self._change_s = profile.host.table_update_s
+        self._rewrite_s = profile.host.table_rewrite_s or math.inf
         software, facts = profile.software, facts_of(model)
         self.floor_s = _of_family(software.layer_floor_s, facts.family, 0.0)
         rate = profile.gpu.memory_bytes_per_s
@@ -93,8 +104,13 @@ class GraphCosts:
         self._layer_params = in_layers / model.layers
         #: The head, once a step.
         self.head_s = facts.head_params * model.param_bytes / self._read_rate
-        self._efficiency = profile.expert.fused_efficiency
+        self._efficiency = profile.expert.fused_efficiency or profile.expert.memory_efficiency
+        self._shared = profile.expert.fused_token_share
         self._experts: dict[int, float] = {}
+
+    def table_s(self, changes: int) -> float:
+        """Host time to tell the next graph of *changes* of the table of experts."""
+        return min(changes * self._change_s, self._rewrite_s)
 
     def attention_s(self, tokens: int, kv_tokens: int) -> float:
         """One layer without its routed experts; *kv_tokens* as in ``Costs.attention_s``."""
@@ -114,7 +130,8 @@ class GraphCosts:
         seconds = self._experts.get(tokens)
         if seconds is None:
             model = self.model
+            efficiency = self._efficiency / (1 + self._shared * (tokens - 1))
             seconds = self._experts[tokens] = self.profile.expert_roofline_s(
-                model.expert_bytes, 2 * model.expert_params, tokens, self._efficiency
+                model.expert_bytes, 2 * model.expert_params, tokens, efficiency
             )
         return seconds

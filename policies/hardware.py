@@ -121,10 +121,12 @@ class Host:
 
     *graph_launch_s* is the time of one graph replay, until its first kernel may run; above 0,
     decode steps run as captured graphs, one from each gate to the next. *table_update_s* then
-    is the launch that tells the graph where moved experts lie. Policy and planner may take
-    *access_s* more for each distinct expert of an event and *move_s* for each move, and every
-    event that misses anything *miss_s* before the first of its copies is issued. What a table
-    *policy_...* says of a policy takes the place of the figure for all.
+    is what each changed entry of the table takes that tells the graph where experts lie;
+    however many change, it takes no longer than *table_rewrite_s* (0: no such bound). Policy
+    and planner may take *access_s* more for each distinct expert of an event, *move_s* for
+    each demanded move and *prefetch_s* for each prefetch, and every event that misses anything
+    *miss_s* before the first of its copies is issued. What a table *policy_...* says of a
+    policy takes the place of the figure for all.
     """
 
     copy_issue_s: float
@@ -135,8 +137,10 @@ class Host:
     pinned_alloc_bytes_per_s: float
     graph_launch_s: float = field(default=0.0, metadata={"least": 0})
     table_update_s: float = field(default=0.0, metadata={"least": 0})
+    table_rewrite_s: float = field(default=0.0, metadata={"least": 0})
     access_s: float = field(default=0.0, metadata={"least": 0})
     move_s: float = field(default=0.0, metadata={"least": 0})
+    prefetch_s: float = field(default=0.0, metadata={"least": 0})
     miss_s: float = field(default=0.0, metadata={"least": 0})
     policy_event_s: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"least": 0}
@@ -145,6 +149,9 @@ class Host:
         default_factory=dict, hash=False, metadata={"least": 0}
     )
     policy_move_s: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"least": 0}
+    )
+    policy_prefetch_s: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"least": 0}
     )
 
@@ -184,13 +191,15 @@ class ExpertModel:
     *kernels* when it is computed alone; *memory_efficiency*, the share of the GPU's memory rate
     at which its weights are read; *activation_passes*, how many vectors of its mean width a
     token reads and writes. *fused_efficiency* is the share where captured graphs read all
-    experts of an event in place; 0 means as *memory_efficiency*.
+    experts of an event in place; 0 means as *memory_efficiency*. There each further token of
+    an expert takes *fused_token_share* of the time that reading it takes.
     """
 
     kernels: int
     memory_efficiency: float
     activation_passes: float
     fused_efficiency: float = field(default=0.0, metadata={"least": 0})
+    fused_token_share: float = field(default=0.0, metadata={"least": 0})
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,11 @@ class World:
             depth,
         )
         self.observer = Observer(self, recording) if recording is not None else None
-        #: What policy and planner take per event, distinct expert and move, in seconds.
+        #: What policy and planner take per event, distinct expert, demanded and prefetched move.
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
         self.move_s = costs.move_s(planner.policy.name)
+        self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self._wake_s = costs.wake_s
         self._graphs = GraphSteps(self, costs.graph) if costs.graph is not None else None
         self.host_free_s = self.gpu_free_s = self.cpu_free_s = 0.0
@@ -117,23 +118,23 @@ class World:
             started, parts = self.gpu_free_s, self.parts_s
             if observer is not None:
                 observer.begin(step)
-            moved = self._begin(step)
+            begun = self._begin(step)
             if self._graphs is not None and step.phase == DECODE:
-                yield from self._graphs.layers(step, moved)
+                yield from self._graphs.layers(step, begun)
             else:
                 yield from self._layers(step)
             self._end(step, started, parts)
             if observer is not None:
                 observer.end()
 
-    def _begin(self, step: Step) -> bool:
-        """What a policy fetches before the first layer; whether that is anything."""
+    def _begin(self, step: Step) -> Sequence[Move]:
+        """What a policy fetches before the first layer."""
         moves = self.planner.begin(step)
         if moves:
             self.link.advance(self.host_free_s)
-            planned = self.host_free_s + self.move_s * len(moves)
+            planned = self.host_free_s + self.prefetch_s * len(moves)
             self.host_free_s = self.link.prefetch(moves, planned, self.costs.copy_issue_s)
-        return bool(moves)
+        return moves
 
     def _layers(self, step: Step) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap."""
@@ -209,10 +210,11 @@ class World:
 
     def planned(self, routing: Routing, plan: Plan, decide: float) -> float:
         """When the host has planned an event whose gate's answer it has had since *decide*."""
-        moves = sum(map(len, plan.waves)) + len(plan.prefetch)
         thinking = self.event_s + self.access_s * len(routing.experts)
-        placing = self.move_s * moves + (self.costs.miss_s if plan.waves else 0.0)
-        return decide + thinking + placing
+        thinking += self.prefetch_s * len(plan.prefetch)
+        if plan.waves:
+            thinking += self.move_s * sum(map(len, plan.waves)) + self.costs.miss_s
+        return decide + thinking
 
     def await_cpu(self, now: float) -> float:
         """The GPU, free at *now*, waits for experts on the CPU; returns when it goes on."""

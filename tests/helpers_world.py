@@ -27,19 +27,22 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
         profile.host,
         graph_launch_s=6.1e-6,
         table_update_s=4.3e-6,
+        table_rewrite_s=1.9e-5,
         move_s=2.7e-6,
+        prefetch_s=1.7e-6,
         miss_s=8.3e-6,
         access_s=1.3e-6,
         policy_access_s={"lru": 7e-7, "predictive": 2.1e-6},
         policy_event_s={"lru": 1.1e-5, "predictive": 4.7e-5},
         policy_move_s={"predictive": 3.9e-6},
+        policy_prefetch_s={"predictive": 5.3e-6},
     )
     floors = {"any": 1.9e-5}
     software = replace(
         profile.software, layer_floor_s=floors, dense_efficiency=0.8, kv_efficiency={"any": 0.3}
     )
     link = replace(profile.link, wake_s=5.9e-6)
-    expert = replace(profile.expert, fused_efficiency=0.7)
+    expert = replace(profile.expert, fused_efficiency=0.7, fused_token_share=0.2)
     return replace(profile, host=host, link=link, software=software, expert=expert)
 
 
@@ -92,10 +95,13 @@ class Machine:
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
         self.move_s = costs.move_s(planner.policy.name)
+        self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self.places = simpy.PriorityResource(self.env, capacity=depth)
         self.engine = simpy.Resource(self.env)
         self.on_the_way: dict[int, Transfer] = {}
         self.bytes = self.cancelled = self.late = 0
+        #: Entries of the device's table that have changed since it was told.
+        self.untold = 0
         self.total_s = 0.0
 
     def run(self, steps: Iterable[Step]) -> Machine:
@@ -108,7 +114,7 @@ class Machine:
         event = 0
         for step in steps:
             moves = self.planner.begin(step)
-            yield self.env.timeout(self.move_s * len(moves))
+            yield self.env.timeout(self.prefetch_s * len(moves))
             yield from self.submit(moves, urgent=False)
             routings = [
                 Routing(step, layer, experts, event + layer)
@@ -117,7 +123,7 @@ class Machine:
             event += len(routings)
             graphs = self.costs.graph is not None and step.phase == DECODE
             if graphs:
-                yield from self.replays(step, routings, stale=bool(moves))
+                yield from self.replays(step, routings, moves)
             else:
                 yield from self.launches(step, routings)
             yield self.env.timeout(self.costs.step_s)
@@ -135,15 +141,16 @@ class Machine:
             yield from self.serve(routing, gpu)
         yield gpu
 
-    def replays(self, step: Step, routings: Sequence[Routing], stale: bool) -> Flow:
+    def replays(self, step: Step, routings: Sequence[Routing], begun: Sequence[Move]) -> Flow:
         """A step replayed graph by graph; the GPU goes on to the next gate by itself.
 
-        *stale* says that the table does not know where all experts lie.
+        The table knows nothing of the moves *begun* before it, nor of later prefetches.
         """
         graph = self.costs.graph
         attention = graph.attention_s(step.size, step.kv_tokens)
         yield self.env.timeout(graph.launch_s)
         answer = self.env.process(self.after(self.env.timeout(0), attention + self.costs.sync_s))
+        self.untold += self.entries(begun)
         for routing in routings:
             yield answer
             last = routing is routings[-1]
@@ -153,36 +160,47 @@ class Machine:
                 done = self.env.event()
                 yield from self.eager(routing, plan, done, graph.expert_s)
                 yield done
-                yield self.env.timeout(graph.table_update_s + graph.launch_s)
+                hidden = len(routing.experts)
+                yield self.env.timeout(self.telling_s(hidden) + graph.launch_s)
                 answer = self.env.process(self.after(self.env.timeout(0), then))
-                stale = True
+                self.untold = hidden
             else:
-                needed = yield from self.fused(routing, plan, stale or bool(plan.waves))
-                stale = bool(plan.prefetch)
+                needed = yield from self.fused(routing, plan)
+                self.untold = 0
                 work = sum(map(graph.expert_s, routing.counts))
                 answer = self.env.process(self.after(self.env.all_of(needed), work + then))
+            self.untold += self.entries(plan.prefetch)
             yield from self.submit(plan.prefetch, urgent=False)
         yield answer
 
+    def entries(self, moves: Iterable[Move]) -> int:
+        """An expert that comes has an entry of the table, and one that goes."""
+        return sum(1 if move.victim < 0 else 2 for move in moves)
+
+    def telling_s(self, entries: int) -> float:
+        """One by one, or all together."""
+        host = self.costs.profile.host
+        return min(entries * host.table_update_s, host.table_rewrite_s)
+
     def fused(
-        self, routing: Routing, plan: Plan, update: bool
+        self, routing: Routing, plan: Plan
     ) -> Generator[simpy.Event, object, list[simpy.Event]]:
         """The host up to the launch of an event's graph; returns what its GPU part awaits."""
         graph = self.costs.graph
         waiting = self.late_ones(routing, plan)
-        moves = sum(map(len, plan.waves)) + len(plan.prefetch)
-        accesses = self.access_s * len(routing.experts)
-        yield self.env.timeout(self.event_s + accesses + self.move_s * moves + self.placing(plan))
+        yield self.env.timeout(self.thinking(routing, plan))
         for wave in plan.waves:
             waiting += yield from self.submit(wave, urgent=True)
-        if update:
-            yield self.env.timeout(graph.table_update_s)
+        demanded = [move for wave in plan.waves for move in wave]
+        yield self.env.timeout(self.telling_s(self.untold + self.entries(demanded)))
         yield self.env.timeout(graph.launch_s)
         return [transfer.noticed for transfer in waiting]
 
-    def placing(self, plan: Plan) -> float:
-        """What an event that misses something takes before its first copy."""
-        return self.costs.miss_s if plan.waves else 0.0
+    def thinking(self, routing: Routing, plan: Plan) -> float:
+        """From the answer to the first copy."""
+        seconds = self.event_s + self.access_s * len(routing.experts)
+        seconds += self.prefetch_s * len(plan.prefetch) + self.move_s * sum(map(len, plan.waves))
+        return seconds + (self.costs.miss_s if plan.waves else 0.0)
 
     def after(self, before: simpy.Event, seconds: float) -> Flow:
         yield before
@@ -220,9 +238,7 @@ class Machine:
         missed = set(plan.missed)
         waiting = self.late_ones(routing, plan)
         held = [e for e in seconds if e not in missed and not self.flies(e)]
-        moves = sum(map(len, plan.waves)) + len(plan.prefetch)
-        accesses = self.access_s * len(routing.experts)
-        yield self.env.timeout(self.event_s + accesses + self.move_s * moves + self.placing(plan))
+        yield self.env.timeout(self.thinking(routing, plan))
         least, launches = self.costs.group_s[len(held)]
         ready = max(sum(seconds[e] for e in held), least)
         for number, wave in enumerate(plan.waves or [()]):

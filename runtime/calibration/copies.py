@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ SIZES = (
     4 * KIB, 64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 12 * MIB, 16 * MIB, 32 * MIB,
     64 * MIB, 128 * MIB, 352 * MIB, GIB,
 )  # fmt: skip
+PAGE = 4 * KIB
 QUICK_MOST = 256 * MIB
 HOST_MOST = 16 * MIB
 
@@ -74,17 +76,9 @@ def measure_copies(bench: Bench, advance: Callable[[], None]) -> Copies:
 def _table(
     bench: Bench, sizes: list[int], target: Tensor, source: Tensor, advance: Callable[[], None]
 ) -> Table:
-    cuda: Any = torch.cuda
     isolated, queued = [], []
     for size in sizes:
-        to, of = target[:size], source[:size]
-
-        def copy(to: Tensor = to, of: Tensor = of) -> None:
-            to.copy_(of, non_blocking=True)
-            if bench.cuda:
-                # As the runtime does: what waits for the copy waits for a mark behind it.
-                cuda.Event().record()
-
+        copy = _walking(bench, target, source, size)
         repeats = 5 if size > 64 * MIB else 15
         isolated.append(bench.device_s(copy, repeats))
         queued.append(_queued_s(bench, copy, size))
@@ -92,6 +86,23 @@ def _table(
     isolated = [significant(s, 6) for s in rising(isolated)]
     queued = [significant(s, 6) for s in rising(queued_within(rising(queued), isolated))]
     return Table(list(sizes), isolated, queued_within(queued, isolated))
+
+
+def _walking(bench: Bench, target: Tensor, source: Tensor, size: int) -> Callable[[], None]:
+    """A copy of *size* bytes, each from and to the next place: experts lie here and there.
+
+    As in the runtime, what waits for the copy waits for a mark behind it.
+    """
+    cuda: Any = torch.cuda
+    places = itertools.cycle(range(0, max(target.numel() - size, 0) + 1, -(-size // PAGE) * PAGE))
+
+    def copy() -> None:
+        at = next(places)
+        target[at : at + size].copy_(source[at : at + size], non_blocking=True)
+        if bench.cuda:
+            cuda.Event().record()
+
+    return copy
 
 
 def _queued_s(bench: Bench, copy: Callable[[], None], size: int) -> float:

@@ -35,6 +35,10 @@ FEW_TOKENS = (1, 16, 64)
 FUSED = ((2048, 768, 8), (2048, 1408, 6), (2048, 1024, 8), (2880, 2880, 4), (4096, 14336, 2))
 FEW_FUSED = ((256, 512, 4), (512, 1024, 4))
 
+#: The same for several tokens at a time, and how many experts they choose among.
+SHARED = ((2048, 768, 8), (2048, 1408, 6), (4096, 14336, 2))
+SHARED_TOKENS, SHARED_EXPERTS = 8, 16
+
 #: Weights read in turns, so that caches hold none of them.
 ROUNDS_BYTES = 512 * 2**20
 
@@ -137,7 +141,7 @@ def measure_fused(bench: Bench, rate: float) -> Line:
     sizes, seconds = [], []
     for hidden, inner, top_k in shapes:
         sizes.append(3.0 * hidden * inner * PARAM_BYTES * top_k)
-        seconds.append(_fused_s(bench, hidden, inner, top_k))
+        seconds.append(_fused_s(bench, Event(hidden, inner, top_k)))
         bench.free()
     return read_efficiency(sizes, seconds, rate)
 
@@ -149,23 +153,65 @@ def swiglu_layout(hidden: int, inner: int) -> ExpertLayout:
     return ExpertLayout(torch.bfloat16, (first, second))
 
 
-def _fused_s(bench: Bench, hidden: int, inner: int, top_k: int) -> float:
-    """Device seconds of one event of one token, its experts read from slots in turns."""
+def measure_token_share(bench: Bench, rate: float, fused: Line) -> float:
+    """What each further token of an expert takes in our kernels, as a share of reading it.
+
+    *fused* is what :func:`measure_fused` found at *rate*. The mean of several sizes.
+    """
+    shapes = SHARED if bench.cuda else FEW_FUSED
+    found = []
+    for hidden, inner, top_k in shapes:
+        event = Event(hidden, inner, top_k, tokens=SHARED_TOKENS)
+        read_s = 3.0 * hidden * inner * PARAM_BYTES / (fused.beta * rate)
+        work = (_fused_s(bench, event) - fused.alpha) / read_s
+        distinct = event.distinct()
+        found.append((work - distinct) / (SHARED_TOKENS * top_k - distinct))
+        bench.free()
+    return max(sum(found) / len(found), 0.0)
+
+
+class Event(NamedTuple):
+    """Sizes of an event: several tokens choose among :data:`SHARED_EXPERTS` experts."""
+
+    hidden: int
+    inner: int
+    top_k: int
+    tokens: int = 1
+
+    @property
+    def experts(self) -> int:
+        """Experts that its layer has."""
+        return self.top_k if self.tokens == 1 else SHARED_EXPERTS
+
+    def chosen(self) -> Tensor:
+        """Chosen experts int64 [tokens, k]: the same at every call."""
+        draw = torch.Generator().manual_seed(self.top_k)
+        return torch.rand(self.tokens, self.experts, generator=draw).topk(self.top_k).indices
+
+    def distinct(self) -> int:
+        """How many experts are chosen."""
+        return len(torch.unique(self.chosen()))
+
+
+def _fused_s(bench: Bench, event: Event) -> float:
+    """Device seconds of one *event*, its experts read from slots that follow each other."""
+    hidden, inner, top_k, tokens = event
     layout = swiglu_layout(hidden, inner)
     most = ROUNDS_BYTES if bench.cuda else 2**20
-    events = max(2, min(64, most // (layout.stride_bytes * top_k)))
-    slots = events * top_k
+    events = max(2, min(64, most // (layout.stride_bytes * event.experts)))
+    slots = events * event.experts
     bank = torch.zeros(slots, layout.stride_bytes, dtype=torch.uint8, device=bench.device)
     kernels = FusedExperts(layout, bank, Gating("silu"), top_k=top_k)
-    hidden_rows = torch.randn(1, hidden, device=bench.device).bfloat16()
-    weights = torch.full((1, top_k), 1 / top_k, device=bench.device, dtype=torch.bfloat16)
+    hidden_rows = torch.randn(tokens, hidden, device=bench.device).bfloat16()
+    weights = torch.full((tokens, top_k), 1 / top_k, device=bench.device, dtype=torch.bfloat16)
     table = torch.arange(slots, dtype=torch.int32, device=bench.device)
-    index = torch.arange(slots, device=bench.device).view(events, 1, top_k)
+    chosen = event.chosen().to(bench.device)
+    index = [chosen + event.experts * i for i in range(events)]
     out = torch.empty_like(hidden_rows)
 
     def every() -> None:
-        for event in range(events):
-            kernels.run(hidden_rows, index[event], weights, table, out)
+        for one in index:
+            kernels.run(hidden_rows, one, weights, table, out)
 
     return bench.graph_s(every, repeats=7) / events
 

@@ -1,183 +1,240 @@
-"""Host costs from whole runs of the runtime: arithmetic on step times and known counts.
+"""Host costs from single events of whole runs: arithmetic on moments and known counts.
 
-The time of a decode step is a sum: what the model's graphs take, what every step and every
-answer and launch take, and what the host does between an answer and the next launch. The
-last is fitted here. What policy and planner take when they are replayed alone
-(:class:`.fits.Thinking`) says how a policy's time divides over events, experts and moves.
+Between a gate's answer and the launch of the next graph the host works and the device idles:
+what lies between the two is policy, planner, copies issued and the table of experts changed.
+Between that launch and the next answer the device works, and waits for copies.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from runtime.calibration.fits import Floats, Thinking, nonnegative
+from runtime.bank import FEW
+from runtime.calibration.fits import Floats, line, nonnegative
+from runtime.eventclock import ANSWERED, LAUNCHED, PLANNED, Times
 
-#: Steps that miss the first fit by more than so many times the median miss are left out.
-OUTLIER = 5.0
+#: Kinds of events that miss the first fit by more than so many times the median miss are left out.
+OUTLIER = 6.0
 
 
-class StepCounts(NamedTuple):
-    """What one decode step did.
+class EventCounts(NamedTuple):
+    """What one event did.
 
-    *demand* and *prefetch* are moves, *waiting* the events that missed something, *updated*
-    those before which the table of experts changed.
+    *demand* and *prefetch* are moves, *changes* the entries of the table of experts that its
+    graph had to be told of, *apart* whether its experts were computed before its graph.
     """
 
-    events: int
     accesses: int
     demand: int
     prefetch: int
-    waiting: int
-    updated: int
+    changes: int
+    apart: bool = False
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the host had nothing to do but to plan."""
+        return not (self.demand or self.prefetch or self.changes or self.apart)
 
 
 class TimedRun(NamedTuple):
-    """Steps of one run, with their seconds on the host's clock."""
+    """One run: *counts* of each event by step, *times* [steps, layers, 3] and steps' seconds."""
 
     policy: str
-    batch: int
-    counts: Sequence[StepCounts]
-    seconds: Sequence[float]
+    counts: Sequence[Sequence[EventCounts]]
+    times: Times
+    step_s: Sequence[float]
+
+    def from_step(self, first: int) -> TimedRun:
+        """The same without its first steps."""
+        return self._replace(
+            counts=self.counts[first:], times=self.times[first:], step_s=self.step_s[first:]
+        )
+
+
+class Planning(NamedTuple):
+    """Seconds of policy and planner in a run: per event, expert, demanded and prefetched move.
+
+    *residual_s* is the median miss of the fit.
+    """
+
+    event_s: float
+    access_s: float
+    move_s: float
+    prefetch_s: float
+    residual_s: float = 0.0
+
+    def seconds(self, counts: EventCounts) -> float:
+        """What an event takes from its answer to its plan."""
+        moves_s = counts.demand * self.move_s + counts.prefetch * self.prefetch_s
+        return self.event_s + counts.accesses * self.access_s + moves_s
 
 
 class HostCosts(NamedTuple):
-    """What the host takes in a run beside what planners take alone, in seconds.
+    """What the host takes between an answer and the launch behind it, in seconds.
 
-    *engine_s* per event, *issue_s* per demanded copy, *update_s* per change of the table;
-    *slower* says by policy how many times as long planning takes as when it is replayed
-    alone. *missed* is the median share of a step's time by which the fit is off.
+    *planning* by policy; then *launching_s* once, *issue_s* per demanded copy and *change_s*
+    per entry of the table. The launch itself is not in them. *missed* is the median miss of
+    the second part as a share of it.
     """
 
-    engine_s: float
+    planning: dict[str, Planning]
+    launching_s: float
     issue_s: float
-    update_s: float
-    slower: dict[str, float]
+    change_s: float
     missed: float
 
 
-class Quiet(NamedTuple):
-    """What a step takes without the host's work: *rest_s* once, *layer_s* per layer by batch.
-
-    A layer's part is its graph with its experts, the answer's way to the host and the launch.
-    """
-
-    rest_s: float
-    layer_s: Mapping[int, float]
-
-    def step_s(self, run: TimedRun, counts: StepCounts) -> float:
-        """Seconds of one step of *run* with a host that takes no time."""
-        return self.rest_s + counts.events * self.layer_s[run.batch]
+def capped(changes: int) -> int:
+    """Entries that cost as single writes: many go to the device together instead."""
+    return min(changes, FEW + 1)
 
 
-def planning_s(thinking: Thinking, counts: StepCounts) -> float:
-    """Seconds of policy and planner in one step, as replayed alone."""
-    moves = counts.demand + counts.prefetch
-    return (
-        counts.events * thinking.event_s
-        + counts.accesses * thinking.access_s
-        + moves * thinking.move_s
-    )
-
-
-def fit_host(
-    runs: Sequence[TimedRun],
-    quiet: Quiet,
-    thinking: Mapping[str, Thinking],
-    before_s: float = 0.0,
-) -> HostCosts:
-    """The host's costs that explain the times of *runs*, in which copies hardly take any.
-
-    *before_s* of every event that misses anything is known already, from :func:`miss_s`. Least
-    squares of relative misses, no part below 0, outliers left out.
-    """
+def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
+    """The host's costs that explain its work in *runs*; *launch_s* of each event is known."""
     names = sorted({run.policy for run in runs})
-    rows, values, whole = [], [], []
-    for run in runs:
-        at = names.index(run.policy)
-        for counts, seconds in zip(run.counts, run.seconds, strict=True):
-            planned = [0.0] * len(names)
-            planned[at] = planning_s(thinking[run.policy], counts)
-            rows.append([counts.events, counts.demand, counts.updated, *planned])
-            values.append(seconds - quiet.step_s(run, counts) - before_s * counts.waiting)
-            whole.append(seconds)
-    found, missed = _robust(np.array(rows, float), np.array(values), np.array(whole))
-    engine_s, issue_s, update_s, *slower = found
-    return HostCosts(engine_s, issue_s, update_s, dict(zip(names, slower, strict=True)), missed)
+    planning = {name: _fit_planning([r for r in runs if r.policy == name]) for name in names}
+    kinds = _medians(runs, PLANNED, LAUNCHED, lambda one: (one.demand, capped(one.changes)))
+    columns = [(1.0, *map(float, kind)) for kind in kinds.kinds]
+    found, off = _robust(columns, np.maximum(kinds.seconds - launch_s, 0.0), kinds.weights)
+    launching_s, issue_s, change_s = found.tolist()
+    missed = float(np.median(off / kinds.seconds))
+    return HostCosts(planning, launching_s, issue_s, change_s, missed)
 
 
-def _robust(columns: Floats, values: Floats, whole: Floats) -> tuple[list[float], float]:
-    """Coefficients, and the median of the misses as shares of *whole*."""
-    kept = np.ones(len(values), dtype=bool)
-    for _ in range(2):
-        found = nonnegative(columns[kept] / whole[kept, None], values[kept] / whole[kept])
-        off = np.abs(values - columns @ found) / whole
-        median = float(np.median(off[kept]))
-        kept = off <= OUTLIER * max(median, 1e-9)
-    return found.tolist(), median
+def _fit_planning(runs: Sequence[TimedRun]) -> Planning:
+    """What one policy takes from an answer to its plan."""
+    kinds = _medians(runs, ANSWERED, PLANNED, lambda one: (one.accesses, one.demand, one.prefetch))
+    columns = [(1.0, *map(float, kind)) for kind in kinds.kinds]
+    found, off = _robust(columns, kinds.seconds, kinds.weights)
+    event_s, access_s, move_s, prefetch_s = found.tolist()
+    return Planning(event_s, access_s, move_s, prefetch_s, float(np.median(off)))
 
 
-def rest_of_step(depths: Sequence[int], step_s: Sequence[float]) -> float:
-    """Seconds of a step outside its layers, from quiet steps of models of several depths."""
-    slope, rest = np.polyfit(np.asarray(depths, float), np.asarray(step_s, float), 1)
-    return max(float(rest), 1e-6) if slope > 0 else 1e-6
+class _Kinds(NamedTuple):
+    """Events of one kind each: its numbers, median seconds, and what it weighs in a fit."""
+
+    kinds: list[tuple[int, ...]]
+    seconds: Floats
+    weights: Floats
 
 
-class Waits(NamedTuple):
-    """Seconds of an event's first copy and of each further one, of waking up, of a launch."""
-
-    first_s: float
-    next_s: float
-    wake_s: float
-    launch_s: float
-
-
-def miss_s(
+def _medians(
     runs: Sequence[TimedRun],
-    quiet: Quiet,
-    thinking: Mapping[str, Thinking],
-    host: HostCosts,
-    waits: Waits,
-) -> tuple[float, float]:
-    """Host seconds before the first copy of an event that misses anything, and what is off.
+    begin: int,
+    end: int,
+    kind_of: Callable[[EventCounts], tuple[int, ...]],
+) -> _Kinds:
+    """Medians of the stretch from *begin* to *end*; events computed apart are left out.
 
-    From *runs* without prefetches whose copies take far longer than issuing them: what such
-    an event takes beyond planning, its copies and waking up; the launch is over by then. The
-    second figure is a median share of a step.
+    A kind weighs as the root of its events, and relative to its length.
     """
-    event_s = waits.first_s - waits.next_s + waits.wake_s - waits.launch_s
-    left, waiting, whole = [], [], []
+    groups: dict[tuple[int, ...], list[float]] = {}
     for run in runs:
-        for counts, seconds in zip(run.counts, run.seconds, strict=True):
-            known = quiet.step_s(run, counts) + counts.events * host.engine_s
-            known += host.slower.get(run.policy, 1.0) * planning_s(thinking[run.policy], counts)
-            known += counts.waiting * event_s + counts.demand * waits.next_s
-            if counts.waiting:
-                left.append((seconds - known) / counts.waiting)
-                waiting.append(counts.waiting)
-                whole.append(seconds)
-    if not left:
-        return 0.0, 0.0
-    found = max(statistics.median(left), 0.0)
-    off = (
-        abs(one - found) * count / seconds
-        for one, count, seconds in zip(left, waiting, whole, strict=True)
-    )
-    return found, statistics.median(off)
+        stretches = (run.times[:, :, end] - run.times[:, :, begin]).tolist()
+        for counts, row in zip(run.counts, stretches, strict=True):
+            for one, seconds in zip(counts, row, strict=True):
+                if not one.apart:
+                    groups.setdefault(kind_of(one), []).append(seconds)
+    seconds = np.array([statistics.median(found) for found in groups.values()])
+    weights = np.sqrt([float(len(found)) for found in groups.values()])
+    return _Kinds(list(groups), seconds, weights / np.maximum(seconds, 1e-7))
 
 
-def in_profile(thinking: Thinking, slower: float, engine_s: float) -> Thinking:
-    """*thinking* as it is in a run: its parts are longer, an event has the engine's work too."""
-    return thinking._replace(
-        event_s=engine_s + slower * thinking.event_s,
-        access_s=slower * thinking.access_s,
-        move_s=slower * thinking.move_s,
-    )
+def _robust(
+    rows: Sequence[tuple[float, ...]], values: Floats, weights: Floats
+) -> tuple[Floats, Floats]:
+    """Least squares without negatives, and what it misses of each of *values*.
+
+    Rare kinds may have been met only when the host paused: what is far off is left out.
+    """
+    columns, kept = np.array(rows, float), np.ones(len(values), dtype=bool)
+    for _ in range(3):
+        found = nonnegative((columns * weights[:, None])[kept], (values * weights)[kept])
+        off = np.abs(values - columns @ found)
+        share = off / np.maximum(values, 1e-7)
+        kept = share <= OUTLIER * max(float(np.median(share)), 1e-6)
+    return found, off
 
 
-def typical(slower: Mapping[str, float]) -> float:
-    """How much slower planning is in a run for a policy that was not run."""
-    return statistics.median(slower.values()) if slower else 1.0
+def quiet_layer_s(times: Times, quiet: Callable[[int, int], bool] = lambda s, e: True) -> float:
+    """Median seconds from a launch to the next answer of the same step: the device's layer.
+
+    *quiet* tells, by step and event, whose graph waited for nothing.
+    """
+    lengths = (times[:, 1:, ANSWERED] - times[:, :-1, LAUNCHED]).tolist()
+    kept = [
+        length
+        for step, row in enumerate(lengths)
+        for event, length in enumerate(row)
+        if quiet(step, event)
+    ]
+    return statistics.median(kept) if kept else math.nan
+
+
+def layer_s(run: TimedRun) -> float:
+    """The device's seconds of a layer of *run*: events that moved nothing. NaN without any."""
+    return quiet_layer_s(run.times, lambda step, event: run.counts[step][event].quiet)
+
+
+def rest_of_step(run: TimedRun, launch_s: float) -> float:
+    """Seconds of a step outside its layers: before the first graph and after the last answer.
+
+    From the steps of *run* that moved nothing; a step begins with a launch.
+    """
+    layer, rests = layer_s(run), []
+    for counts, times, whole in zip(run.counts, run.times, run.step_s, strict=True):
+        if all(one.quiet for one in counts):
+            inside = float(times[-1, LAUNCHED] - times[0, ANSWERED])
+            rests.append(whole - inside - layer - launch_s)
+    return max(statistics.median(rests), 1e-6) if rests else 1e-6
+
+
+class Misses(NamedTuple):
+    """What an event that misses takes: *start_s* beyond what is known, then *copy_s* each.
+
+    *missed* is the median share of such an event by which that is off.
+    """
+
+    start_s: float
+    copy_s: float
+    missed: float
+
+
+def fit_misses(runs: Sequence[TimedRun], layer: float, host: HostCosts, first_s: float) -> Misses:
+    """From *runs* without prefetches whose copies take far longer than issuing them.
+
+    Known are planning, the first issue, the device's *layer* and *first_s*: by how much the
+    first copy takes longer than those behind it, and the wake behind the last. What copies
+    take is fitted too: it need not be what it was when they were measured alone.
+    """
+    kinds = _medians_of_waiting(runs, host)
+    if not kinds.kinds:
+        return Misses(0.0, 0.0, 0.0)
+    found = line([kind[0] for kind in kinds.kinds], kinds.seconds.tolist(), kinds.weights.tolist())
+    known = layer + first_s
+    off = [
+        abs(found.alpha + found.beta * kind[0] - seconds) / seconds
+        for kind, seconds in zip(kinds.kinds, kinds.seconds.tolist(), strict=True)
+    ]
+    return Misses(max(found.alpha - known, 0.0), found.beta, statistics.median(off))
+
+
+def _medians_of_waiting(runs: Sequence[TimedRun], host: HostCosts) -> _Kinds:
+    """By the number of copies waited for: seconds from the first copy to the next answer."""
+    groups: dict[tuple[int, ...], list[float]] = {}
+    for run in runs:
+        planning = host.planning[run.policy]
+        lengths = run.times[:, 1:, ANSWERED] - run.times[:, :-1, ANSWERED]
+        for counts, row in zip(run.counts, lengths.tolist(), strict=True):
+            for one, length in zip(counts, row, strict=False):
+                if one.demand and not one.apart:
+                    before = planning.seconds(one) + host.issue_s
+                    groups.setdefault((one.demand,), []).append(length - before)
+    seconds = np.array([statistics.median(found) for found in groups.values()])
+    weights = np.array([float(len(found)) for found in groups.values()])
+    return _Kinds(list(groups), seconds, weights)

@@ -57,8 +57,8 @@ class Graphs(NamedTuple):
     """Seconds around a captured graph that ends with an answer in pinned memory.
 
     *launch_s*: what passes on the device between marks around a replay beside the graph
-    itself; *sync_s*: what the host waits for the answer beside that; *table_s*: the launch
-    that tells the device where experts lie.
+    itself; *sync_s*: what the host waits for the answer beside that; *table_s*: one change of
+    the table that tells the device where experts lie.
     """
 
     launch_s: float
@@ -109,7 +109,7 @@ def round_trip_parts(whole_s: float, between_s: float, graph_s: float) -> tuple[
 
 
 def _table_s(bench: Bench, changes: int = 4) -> float:
-    """Host seconds to note and send *changes* of the table of experts."""
+    """Host seconds to note and send one of *changes* of the table of experts."""
     table = ExpertTable(4, 64, lanes_for(bench.device))
     turn = 0
 
@@ -122,4 +122,4 @@ def _table_s(bench: Bench, changes: int = 4) -> float:
 
     update()
     bench.wait()
-    return bench.host_s(update, 50)
+    return bench.host_s(update, 50) / changes

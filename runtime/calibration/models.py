@@ -1,4 +1,4 @@
-"""What a captured layer takes: its floor, its share of the cache, the wake after a copy."""
+"""What a captured layer takes: its floor, and its share of the key-value cache."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from runtime.calibration.bench import Bench
 from runtime.calibration.fits import line
+from runtime.calibration.hosts import quiet_layer_s
 from runtime.calibration.shapes import (
     FAMILIES,
     FEW_LAYERS,
@@ -20,7 +20,6 @@ from runtime.calibration.shapes import (
     LONG_CACHE,
     PARAM_BYTES,
     PROMPT,
-    SCRUB_BYTES,
     SEQUENCES,
     SHORT_CACHE,
     TYPICAL,
@@ -30,7 +29,7 @@ from runtime.calibration.shapes import (
     tiny_dimensions,
     with_published_heads,
 )
-from runtime.lanes import lanes_for
+from runtime.eventclock import EventClock
 from traces.sizes import Dimensions
 
 
@@ -79,12 +78,17 @@ def kv_time(sequences: Sequence[int], short_s: Sequence[float], long_s: Sequence
     return KvTime(found.alpha, found.beta)
 
 
-def measure_layers(bench: Bench, reads: Reads, advance: Callable[[], None]) -> Layers:
-    """Floors and cache reading of every family; empty where nothing can be captured."""
+def measure_layers(
+    bench: Bench, reads: Reads, sync_s: float, advance: Callable[[], None]
+) -> Layers:
+    """Floors and cache reading of every family; empty where nothing can be captured.
+
+    *sync_s* is what a gate's answer takes to the host: no part of a layer.
+    """
     found = Layers({}, {}, {})
     for family in FAMILIES if not bench.quick else (TYPICAL,):
         if bench.cuda:
-            _measure_layer(family, bench, reads, found)
+            _measure_layer(family, bench, reads, sync_s, found)
         advance()
     if found.floor_s:
         for figures in found:
@@ -92,35 +96,28 @@ def measure_layers(bench: Bench, reads: Reads, advance: Callable[[], None]) -> L
     return found
 
 
-def _measure_layer(family: str, bench: Bench, reads: Reads, into: Layers) -> None:
+def _measure_layer(family: str, bench: Bench, reads: Reads, sync_s: float, into: Layers) -> None:
     """Note what one layer of *family* takes, unless its decode steps run eagerly."""
     dims = middle_dimensions(family, FLOOR_LAYERS)
-    middle = layer_graphs_s(family, bench, dims, [(SHORT_CACHE, 1)])
+    middle = layers_s(family, bench, dims, [(SHORT_CACHE, 1)])
     if not middle:
         return
     headed = with_published_heads(family, tiny_dimensions(family, FEW_LAYERS, wide=True))
     shapes = [(length, n) for length in (SHORT_CACHE, LONG_CACHE) for n in SEQUENCES]
-    seconds = layer_graphs_s(family, bench, headed, shapes)
+    seconds = layers_s(family, bench, headed, shapes)
     if not seconds:
         return
     kept = kv_time(SEQUENCES, seconds[: len(SEQUENCES)], seconds[len(SEQUENCES) :])
     into.kv_efficiency[family] = kept.efficiency(_token_bytes(headed) / reads.memory_rate)
     into.kv_token_s[family] = kept.token_s
     cached = _token_bytes(dims) / (into.kv_efficiency[family] * reads.memory_rate)
-    known = reads.weights_s(dims) + SHORT_CACHE * (kept.token_s + cached)
+    known = sync_s + reads.weights_s(dims) + SHORT_CACHE * (kept.token_s + cached)
     into.floor_s[family] = max(middle[0] - known, LEAST_FLOOR * middle[0])
 
 
 def _token_bytes(dims: Dimensions) -> float:
     """Bytes of one token's keys and values in one layer, as costs count them."""
     return dims.kv_bytes_per_token(PARAM_BYTES) / dims.all_layers
-
-
-def _segments(model: Any) -> list[Any]:
-    """The graphs that were captured last of *model*, in order; none if it runs eagerly."""
-    graphs = model.expert_cache.runner.graphs
-    chains = graphs.chains if graphs is not None else []
-    return list(chains[-1].segments()) if chains else []
 
 
 def measure_workspace(bench: Bench) -> int:
@@ -131,6 +128,8 @@ def measure_workspace(bench: Bench) -> int:
     """
     if not bench.cuda:
         return 0
+    # Work space of matrix products is kept for good by whoever came first.
+    torch._C._cuda_clearCublasWorkspaces()
     bench.free()
     cuda: Any = torch.cuda
     before = cuda.memory_allocated(bench.device)
@@ -145,59 +144,29 @@ def measure_workspace(bench: Bench) -> int:
     return max(int(peak - known), 0)
 
 
-def layer_graphs_s(
+def layers_s(
     family: str, bench: Bench, dims: Dimensions, shapes: Sequence[tuple[int, int]]
 ) -> list[float]:
-    """Device seconds of one layer's graph for each (cache tokens, sequences) of *shapes*.
+    """Seconds from a layer's launch to its answer for each (cache tokens, sequences) of *shapes*.
 
-    Replayed behind others, so that no launch counts; empty where decode steps run eagerly.
+    Every expert is held. Empty where decode steps run eagerly.
     """
     with offloaded(family, dims.layers, bench, dims) as model:
         return [s for shape in shapes for s in _layer_s(model, bench, *shape)]
 
 
-def woken_s(family: str, bench: Bench, dims: Dimensions, source: Tensor) -> float:
-    """Device seconds from a copy's end until a layer that waits for it is done, beyond its own.
-
-    The copy brings the pinned bytes of *source*. 0 where decode steps run eagerly.
-    """
-    with offloaded(family, dims.layers, bench, dims) as model:
-        Decoding(model, bench, SHORT_CACHE, prompt=SHORT_CACHE // 8).step_s(4)
-        layers = _segments(model)[1:-1]
-        if not layers:
-            return 0.0
-        scrub = torch.zeros(SCRUB_BYTES // 4, device=bench.device)
-        alone_s = bench.device_s(layers[0].replay, 20, held=True, first=scrub.max)
-        target = torch.empty_like(source, device=bench.device)
-        lanes, found = lanes_for(bench.device, timed=True), []
-        for _ in range(20):
-            scrub.max()
-            bench.wait()
-            _, landed = lanes.copy(target, source)
-            lanes.compute_after(landed)
-            layers[0].replay()
-            done = lanes.mark()
-            lanes.finish()
-            found.append(lanes.read(done) - lanes.read(landed))
-        return max(statistics.median(found) - alone_s, 0.0)
-
-
 def _layer_s(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> list[float]:
     """The same for one shape: one figure, or none."""
-    # A prompt of few tokens leaves room for what is replayed below.
+    runner = model.expert_cache.runner
+    graphs, hook = runner.graphs, runner.hook
+    before = 0 if graphs is None else graphs.captured
+    # A prompt of few tokens leaves room for the steps below.
     prompt = min(PROMPT, cache_tokens // 8)
     decoding = Decoding(model, bench, cache_tokens, sequences, prompt)
-    decoding.step_s(4)
-    # The first ends with the first gate, the last has the head: a layer is between them.
-    layers = _segments(model)[1:-1]
-    if not layers:
+    decoding.step_s(2)
+    if graphs is None or graphs.captured == before:
         return []
-    scrub = torch.zeros(SCRUB_BYTES // 4, device=bench.device)
-
-    def replay() -> None:
-        for graph in layers:
-            graph.replay()
-
-    # Every replay moves the cache on by a token.
-    repeats = min(30, cache_tokens // 2)
-    return [bench.device_s(replay, repeats, held=True, first=scrub.max) / len(layers)]
+    hook.clock = EventClock()
+    decoding.step_s(min(40, cache_tokens // 2))
+    times, hook.clock = hook.clock.take(len(hook.gates)), None
+    return [quiet_layer_s(times)]

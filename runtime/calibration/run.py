@@ -12,6 +12,7 @@ import transformers
 from policies.hardware import ANY_FAMILY, FIGURES, HardwareProfile, load_profile
 from policies.registry import POLICIES
 from policies.tables import build, leaves
+from runtime.bank import RING
 from runtime.calibration import machine
 from runtime.calibration.bench import Bench
 from runtime.calibration.copies import SIZES, Copies, Table, measure_copies
@@ -22,9 +23,10 @@ from runtime.calibration.experts import (
     measure_dense,
     measure_experts,
     measure_fused,
+    measure_token_share,
 )
 from runtime.calibration.fits import Line, Thinking, significant
-from runtime.calibration.hosts import in_profile, typical
+from runtime.calibration.hosts import Planning, capped
 from runtime.calibration.kernels import Graphs, Rates, measure_graphs, measure_rates
 from runtime.calibration.launches import (
     Launches,
@@ -64,6 +66,7 @@ class Measured(NamedTuple):
     launches: Launches
     dense: Line | None
     fused: Line | None
+    token_share: float
     layers: Layers
     runs: Runs | None
     workspace_bytes: int
@@ -88,12 +91,14 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
     launches = measure_launches(bench)
     advance()
     dense = fused = runs = None
+    token_share = 0.0
     layers = Layers({}, {}, {})
     if bench.cuda:
         dense = measure_dense(bench, rates.memory_bytes_per_s)
         fused = measure_fused(bench, rates.memory_bytes_per_s)
+        token_share = measure_token_share(bench, rates.memory_bytes_per_s, fused)
         reads = Reads(rates.memory_bytes_per_s, dense.beta, fused.beta)
-        layers = measure_layers(bench, reads, advance)
+        layers = measure_layers(bench, reads, graphs.sync_s, advance)
     if layers.floor_s:
         runs = measure_runs(bench, graphs, copies, policies, advance)
     return Measured(
@@ -106,6 +111,7 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
         launches=launches,
         dense=dense,
         fused=fused,
+        token_share=token_share,
         layers=layers,
         runs=runs,
         workspace_bytes=measure_workspace(bench),
@@ -124,7 +130,6 @@ def write_profile(path: Any, values: dict[str, Any]) -> HardwareProfile:
 def profile_values(bench: Bench, found: Measured) -> dict[str, Any]:
     """What was measured as the tables of a hardware profile."""
     name = machine.device_name(bench.device)
-    fused = found.fused
     gpu = {
         "name": name,
         "memory_bytes": machine.device_memory_bytes(bench.device),
@@ -144,7 +149,7 @@ def profile_values(bench: Bench, found: Measured) -> dict[str, Any]:
             "kernels": found.launches.expert_kernels,
             "memory_efficiency": found.experts.memory_efficiency,
             "activation_passes": found.experts.activation_passes or 1e-3,
-            **({"fused_efficiency": significant(fused.beta)} if fused is not None else {}),
+            **_fused(found),
         },
         "cpu": found.cpu._asdict(),
         "expert_rows": [row._asdict() for row in found.experts.rows],
@@ -161,11 +166,20 @@ def _of_figures(values: dict[str, Any]) -> dict[str, str]:
     return {p: text for p, text in sources.items() if any(f.startswith(f"{p}.") for f in figures)}
 
 
+def _fused(found: Measured) -> dict[str, float]:
+    """How the runtime's own kernels read experts, where they were measured."""
+    if found.fused is None:
+        return {}
+    return {
+        "fused_efficiency": significant(found.fused.beta),
+        "fused_token_share": significant(found.token_share),
+    }
+
+
 def _link(found: Measured) -> dict[str, Any]:
-    copies, runs = found.copies, found.runs
+    copies = found.copies
     link: dict[str, Any] = {"h2d": _direction(copies.h2d), "d2h": _direction(copies.d2h)}
-    wake_s = copies.wake_s if runs is None else significant(runs.wake_s)
-    return link | ({"wake_s": wake_s} if wake_s else {})
+    return link | ({"wake_s": copies.wake_s} if copies.wake_s else {})
 
 
 def _direction(table: Table) -> dict[str, Any]:
@@ -175,36 +189,37 @@ def _direction(table: Table) -> dict[str, Any]:
     }
 
 
-def _thinking(found: Measured) -> dict[str, Thinking]:
-    """Policies' times as they are in a run; as replayed alone where no runs were made."""
-    if found.runs is None:
-        return found.policies
-    host = found.runs.host
-    others = typical(host.slower)
-    return {
-        name: in_profile(alone, host.slower.get(name) or others, host.engine_s)
-        for name, alone in found.policies.items()
+def _planning(found: Measured) -> dict[str, Planning]:
+    """Policies' times as they are in a run; as replayed alone where none was made."""
+    alone = {
+        n: Planning(t.event_s, t.access_s, t.move_s, t.move_s) for n, t in found.policies.items()
     }
+    if found.runs is None:
+        return alone
+    host = found.runs.host
+    in_runs = {
+        n: p._replace(event_s=p.event_s + host.launching_s) for n, p in host.planning.items()
+    }
+    return alone | in_runs
 
 
 def _host(found: Measured) -> dict[str, Any]:
-    policies = _thinking(found)
-    events = {n: significant(max(t.event_s, LEAST_S)) for n, t in policies.items()}
-    accesses = {n: significant(t.access_s) for n, t in policies.items()}
-    moves = {n: significant(t.move_s) for n, t in policies.items()}
+    planning = _planning(found)
+    parts = {
+        name: {n: significant(getattr(p, name)) for n, p in planning.items()}
+        for name in ("event_s", "access_s", "move_s", "prefetch_s")
+    }
+    parts["event_s"] = {n: max(s, LEAST_S) for n, s in parts["event_s"].items()}
     host: dict[str, Any] = {
         "copy_issue_s": found.copies.issue_s,
         "kernel_launch_s": significant(found.launches.kernel_launch_s),
         "gate_sync_s": found.graphs.sync_s,
-        "event_s": significant(statistics.median(events.values())),
         "step_s": significant(found.launches.step_s),
         "pinned_alloc_bytes_per_s": found.copies.pinned_alloc_bytes_per_s,
-        "access_s": significant(statistics.median(accesses.values())),
-        "move_s": significant(statistics.median(moves.values())),
-        "policy_event_s": events,
-        "policy_access_s": accesses,
-        "policy_move_s": moves,
     }
+    for name, by_policy in parts.items():
+        host[name] = significant(statistics.median(by_policy.values()))
+        host[f"policy_{name}"] = by_policy
     return host | _captured(found)
 
 
@@ -224,8 +239,9 @@ def _captured(found: Measured) -> dict[str, Any]:
     return host | {
         "copy_issue_s": significant(issue_s),
         "step_s": significant(runs.step_s),
-        "table_update_s": significant(runs.host.update_s),
-        "miss_s": significant(runs.miss_s),
+        "table_update_s": significant(runs.host.change_s),
+        "table_rewrite_s": significant(capped(RING) * runs.host.change_s),
+        "miss_s": significant(runs.misses.start_s),
     }
 
 
@@ -273,7 +289,9 @@ def _sources(bench: Bench, found: Measured) -> dict[str, str]:
             f"{lru.residual_s:.1e} s where a constant misses {lru.constant_residual_s:.1e} s"
         ),
         "host.policy_access_s": "the same fit, per distinct expert of an event",
-        "host.policy_move_s": "the same fit, per move",
+        "host.policy_move_s": "the same fit, per demanded move",
+        "host.policy_prefetch_s": "the same fit, per prefetched move",
+        "host.prefetch_s": "median of policy_prefetch_s",
         "software": f"operations counted in {model}; experts as in a prompt of the runtime",
         "expert": f"single experts in plain torch (expert_rows), kernels as in software, {by}",
         "cpu": "bf16 experts in plain torch on all cores",
@@ -290,14 +308,13 @@ def _graph_sources(found: Measured) -> dict[str, str]:
         return sources
     return sources | {
         "host.graph_launch_s": "device time between marks around a graph's replay, less the graph",
-        "host.table_update_s": "host time of four changes of the runtime's expert table",
+        "host.table_update_s": "host time of changes of the runtime's expert table, each",
         "software.layer_floor_s": (
-            "one layer's graph of middle-sized models behind others, less what it reads; "
-            f"{ANY_FAMILY}: their mean"
+            "from launch to answer in decode steps of middle-sized models, medians, less the "
+            f"answer's way and what a layer reads; {ANY_FAMILY}: their mean"
         ),
         "software.kv_efficiency": (
-            "layers' graphs with a short and a long cache, one and several sequences, heads as "
-            "published"
+            "the same with a short and a long cache, one and several sequences, heads as published"
         ),
         "software.kv_token_s": "the same, what does not grow with the sequences",
         "software.dense_efficiency": (
@@ -307,6 +324,7 @@ def _graph_sources(found: Measured) -> dict[str, str]:
             "slope of the runtime's decode kernels over the bytes of an event; misses "
             f"{found.fused.residual:.1e} s"
         ),
+        "expert.fused_token_share": "the same kernels with several tokens for each expert",
         **_run_sources(found.runs),
     }
 
@@ -315,22 +333,24 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
     """Sources of what whole runs told."""
     if runs is None:
         return {}
-    host = runs.host
-    fit = f"step times of whole runs of small models, all policies; misses {host.missed:.1%}"
-    slower = ", ".join(f"{name} {factor:.2f}" for name, factor in host.slower.items())
+    fit = (
+        "from plan to launch in whole runs of small models; copies and changes fitted to "
+        f"medians, misses {runs.host.missed:.1%}"
+    )
+    worst = max(runs.host.planning.items(), key=lambda item: item[1].residual_s, default=None)
+    missed = "" if worst is None else f"; misses {worst[1].residual_s:.1e} s at most ({worst[0]})"
     return {
-        "link.wake_s": (
-            "from a copy's end until a middle-sized layer's graph that waits for it is done, less "
-            "the graph"
-        ),
         "host.copy_issue_s": fit,
         "host.table_update_s": fit,
+        "host.table_rewrite_s": "so many changes as are written together, each as above",
         "host.policy_event_s": (
-            f"{fit}; {host.engine_s:.2e} s for all alike, planning as replayed alone times {slower}"
+            "from answer to plan in whole runs of small models; event, experts and moves fitted "
+            f"to medians{missed}"
         ),
-        "host.step_s": "steps of whole runs of two depths, what does not grow with the layers",
+        "host.step_s": "steps of whole runs, less their layers",
         "host.miss_s": (
-            f"step times of whole runs that wait for copies; misses {runs.misses_off:.1%}"
+            "answers of whole runs that wait for copies, beyond their copies of "
+            f"{runs.misses.copy_s:.3e} s each; misses {runs.misses.missed:.1%} of an event"
         ),
     }
 

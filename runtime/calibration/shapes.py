@@ -25,8 +25,8 @@ FAMILIES = (
 TYPICAL = "qwen3_moe"
 
 FEW_LAYERS, MORE_LAYERS = 3, 9
-#: Depth of the models whose layers' floor is measured: the layers between are what is timed.
-FLOOR_LAYERS = 4
+#: Depth of the models whose layers' floor is measured: more than a GPU's caches hold.
+FLOOR_LAYERS = 6
 TOP_K = 4
 CACHE_TOKENS = 512
 PROMPT = 64
@@ -43,9 +43,6 @@ PUBLISHED = {
 #: Lengths of cache between which the time to read it is measured, and numbers of sequences.
 SHORT_CACHE, LONG_CACHE = 128, 2176
 SEQUENCES = (1, 4)
-
-#: Read before a layer is timed, so that the device's caches hold nothing of it.
-SCRUB_BYTES = 256 * 2**20
 
 #: A floor is at least this share of the layer: what is subtracted from it is a model.
 LEAST_FLOOR = 0.1

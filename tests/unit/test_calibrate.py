@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -33,17 +34,19 @@ from runtime.calibration.experts import (  # noqa: E402
     Experts,
     measure_dense,
     measure_fused,
+    measure_token_share,
 )
 from runtime.calibration.fits import ExpertTime, Line, Thinking  # noqa: E402
 from runtime.calibration.hosts import (  # noqa: E402
+    EventCounts,
     HostCosts,
-    Quiet,
-    StepCounts,
+    Misses,
+    Planning,
     TimedRun,
-    Waits,
+    capped,
     fit_host,
-    miss_s,
-    planning_s,
+    fit_misses,
+    layer_s,
     rest_of_step,
 )
 from runtime.calibration.kernels import (  # noqa: E402
@@ -58,8 +61,7 @@ from runtime.calibration.models import (  # noqa: E402
     Layers,
     Reads,
     kv_time,
-    layer_graphs_s,
-    woken_s,
+    layers_s,
 )
 from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
 from runtime.calibration.runs import Runs, Shape, sessions, timed_runs  # noqa: E402
@@ -230,99 +232,132 @@ def test_no_other_allowed_answer_is_nearer(columns, seed):
     assert np.abs(slope * found).max() < 1e-8
 
 
-THINKING = {
-    "lru": Thinking(9e-6, 5e-7, 2e-6, 0.0, 0.0),
-    "predictive": Thinking(4e-5, 3e-6, 3e-6, 0.0, 0.0),
-}
-QUIET = Quiet(2e-4, {1: 9e-5, 4: 1.2e-4})
-TRUE = HostCosts(6e-6, 1.7e-5, 8e-6, {"lru": 1.4, "predictive": 1.9}, 0.0)
+TRUE = HostCosts(
+    {
+        "lru": Planning(9e-6, 5e-7, 2e-6, 0.0),
+        "predictive": Planning(4e-5, 3e-6, 3e-6, 7e-6),
+    },
+    launching_s=3e-6,
+    issue_s=1.7e-5,
+    change_s=2e-6,
+    missed=0.0,
+)
+LAUNCH_S, LAYER_S, REST_S = 4e-6, 1.9e-4, 3e-4
 
 
-def made_up_runs(extra, seed=5):
-    """Runs whose every step takes what ``TRUE`` and *extra* of its counts say; some pause."""
-    draw, runs = random.Random(seed), []
-    for policy in THINKING:
-        for batch in QUIET.layer_s:
-            counts = []
-            for _ in range(60):
-                waiting = draw.randint(0, 10)
-                demand = sum(draw.randint(1, 4) for _ in range(waiting))
-                prefetch = draw.randint(0, 9) if policy == "predictive" else 0
-                updated = max(waiting, min(prefetch, 10))
-                accesses = 10 * draw.randint(3, 4) * batch
-                counts.append(StepCounts(10, accesses, demand, prefetch, waiting, updated))
-            timed = TimedRun(policy, batch, counts, [])
-            seconds = [
-                QUIET.step_s(timed, c) + 10 * TRUE.engine_s
-                + TRUE.slower[policy] * planning_s(THINKING[policy], c) + extra(c)
-                for c in counts
-            ]  # fmt: skip
-            seconds = [s + (4e-3 if draw.random() < 0.04 else 0.0) for s in seconds]
-            runs.append(timed._replace(seconds=seconds))
-    return runs
+def launching_s(counts, costs=TRUE):
+    """From an event's plan to its launch."""
+    seconds = costs.launching_s + counts.demand * costs.issue_s
+    return seconds + capped(counts.changes) * costs.change_s + LAUNCH_S
 
 
-def test_host_costs_come_back_from_step_times_with_pauses():
-    runs = made_up_runs(lambda c: c.demand * TRUE.issue_s + c.updated * TRUE.update_s)
-    found = fit_host(runs, QUIET, THINKING)
-    for name in ("engine_s", "issue_s", "update_s"):
-        assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
-    assert found.slower == pytest.approx(TRUE.slower, rel=1e-3)
-    assert found.missed < 1e-6
-    known = fit_host(
-        made_up_runs(
-            lambda c: c.demand * TRUE.issue_s + c.updated * TRUE.update_s + c.waiting * 2e-5
-        ),
-        QUIET,
-        THINKING,
-        2e-5,
-    )
-    assert known.update_s == pytest.approx(TRUE.update_s, rel=1e-3)
+def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=False):
+    """A run whose every event takes what ``TRUE`` says; hosts and devices pause at times."""
+    counts, times, step_s = [], [], []
+    for step in range(40):
+        now = begun = float(step)
+        now += LAUNCH_S + LAYER_S * 0.6
+        counts.append([])
+        times.append([])
+        for layer in range(layers):
+            demand = draw.randint(0, 5) * (not quiet)
+            prefetch = draw.randint(0, 3) * (policy == "predictive") * (not quiet)
+            changes = demand + draw.randint(0, demand + prefetch)
+            one = EventCounts(batch * draw.randint(3, 4), demand, prefetch, changes)
+            counts[-1].append(one)
+            answered = now
+            planned = answered + TRUE.planning[policy].seconds(one)
+            now = planned + launching_s(one) + (4e-3 if draw.random() < 0.02 else 0.0)
+            times[-1].append((answered, planned, now))
+            now += LAYER_S * (1.0 if layer < layers - 1 else 0.4) + wait(one)
+            now += 3e-3 if draw.random() < 0.02 else 0.0
+        step_s.append(now + REST_S - begun)
+    return TimedRun(policy, counts, np.array(times), step_s)
 
 
-def test_what_a_miss_takes_before_its_copies_comes_back():
-    waits = Waits(first_s=1.8e-4, next_s=1.6e-4, wake_s=6e-6, launch_s=4e-6)
-    before_s = 2.3e-5
-
-    def extra(c):
-        each = before_s + waits.first_s - waits.next_s + waits.wake_s - waits.launch_s
-        return c.waiting * each + c.demand * waits.next_s
-
-    runs = [r for r in made_up_runs(extra) if r.policy == "lru"]
-    found, off = miss_s(runs, QUIET, THINKING, TRUE, waits)
-    assert found == pytest.approx(before_s, rel=1e-6)
-    assert off < 1e-9
-    slow = waits._replace(first_s=1e-3)
-    assert miss_s(runs, QUIET, THINKING, TRUE, slow)[0] == 0.0
-    assert miss_s([], QUIET, THINKING, TRUE, waits) == (0.0, 0.0)
+def made_up_runs(**options):
+    draw = random.Random(5)
+    return [made_up_run(p, b, draw, **options) for p in TRUE.planning for b in (1, 4)]
 
 
-def test_the_rest_of_a_step_does_not_grow_with_its_layers():
-    assert rest_of_step((3, 10), (2e-4 + 3 * 9e-5, 2e-4 + 10 * 9e-5)) == pytest.approx(2e-4)
-    assert rest_of_step((3, 10), (3e-4, 3e-3)) == 1e-6
+def test_host_costs_come_back_from_runs_with_pauses():
+    runs = made_up_runs()
+    runs[0].counts[0][0] = runs[0].counts[0][0]._replace(apart=True)
+    runs[0].times[0, 0, 0] -= 1.0
+    found = fit_host(runs, LAUNCH_S)
+    assert found.missed < 0.01
+    assert found.planning["lru"].residual_s < 1e-6
+    for n, d, p, changes in ((4, 0, 0, 0), (13, 0, 0, 0), (4, 4, 0, 6), (9, 2, 3, 9)):
+        for policy, planning in TRUE.planning.items():
+            one = EventCounts(n, d, p * (policy != "lru"), changes)
+            assert found.planning[policy].seconds(one) == pytest.approx(
+                planning.seconds(one), rel=0.02
+            )
+        assert launching_s(one, found) == pytest.approx(launching_s(one), rel=0.02)
 
 
-def test_every_policy_runs_for_its_step_times(bench):
-    """The runtime itself on a small model: as many times as steps, and their counts."""
+def test_many_changes_of_the_table_cost_as_few():
+    found = made_up_run("lru", 1, random.Random(1))
+    for step, times in zip(found.counts, found.times, strict=True):
+        for i, one in enumerate(step):
+            step[i] = EventCounts(4, 0, 0, 10 * one.demand)
+            times[i, 2] = times[i, 1] + 1e-5 + 2e-6 * min(10 * one.demand, 13)
+    assert fit_host([found], 0.0).change_s == pytest.approx(2e-6, rel=1e-3)
+
+
+def test_what_a_miss_takes_comes_back_with_its_copies():
+    copy_s, more_s, miss_s = 1.6e-4, 2.6e-5, 2.3e-5
+
+    def wait(one):
+        """Beyond a layer: the host is through before the first of the copies has landed."""
+        if not one.demand:
+            return 0.0
+        issued = (one.demand - 1) * TRUE.issue_s + capped(one.changes) * TRUE.change_s
+        return miss_s + more_s + one.demand * copy_s - issued - LAUNCH_S - TRUE.launching_s
+
+    runs = [r for r in made_up_runs(wait=wait) if r.policy == "lru"]
+    found = fit_misses(runs, LAYER_S, TRUE, more_s)
+    assert found.start_s == pytest.approx(miss_s, rel=0.02)
+    assert found.copy_s == pytest.approx(copy_s, rel=0.01)
+    assert found.missed < 0.01
+    assert fit_misses(runs, LAYER_S, TRUE, 1e-3).start_s == 0.0
+    assert fit_misses([], LAYER_S, TRUE, more_s) == (0.0, 0.0, 0.0)
+
+
+def test_a_layer_and_the_rest_of_a_step_come_from_quiet_events():
+    quiet = made_up_run("lru", 1, random.Random(2), quiet=True)
+    assert layer_s(quiet) == pytest.approx(LAYER_S)
+    assert rest_of_step(quiet, LAUNCH_S) == pytest.approx(REST_S, rel=1e-3)
+    busy = made_up_run("lru", 1, random.Random(2), wait=lambda one: 1e-3 * one.demand)
+    assert layer_s(busy) == pytest.approx(LAYER_S)
+    assert rest_of_step(busy, LAUNCH_S) == 1e-6, "no step is quiet"
+    assert rest_of_step(quiet.from_step(30), LAUNCH_S) == pytest.approx(REST_S, rel=1e-3)
+    assert len(quiet.from_step(30).counts) == 10
+
+
+def test_every_policy_runs_for_its_events(bench):
+    """The runtime itself on a small model: three moments of every event, and its counts."""
     shape = Shape(layers=2, hidden=64, intermediate=32, tokens=6, experts=8, top_k=2)
     with sessions(shape, (1, 2), "cpu") as found:
         runs = timed_runs(found, list(POLICIES.classes()), ("50%",))
     assert {r.policy for r in runs} == set(POLICIES.classes())
-    for timed in runs:
-        assert len(timed.counts) == len(timed.seconds) == (9 if timed.batch == 1 else 3)
-        assert min(timed.seconds) > 0
-        for c in timed.counts:
-            assert c.events == 2
-            assert c.waiting <= c.updated <= 2 <= c.accesses
-            assert (c.demand > 0) == (c.waiting > 0)
-    moves = {r.policy: sum(c.prefetch for c in r.counts) for r in runs if r.batch == 1}
+    for timed, batch in zip(runs, itertools.cycle((1, 2))):
+        steps = 9 if batch == 1 else 3
+        assert len(timed.counts) == len(timed.step_s) == steps
+        assert timed.times.shape == (steps, 2, 3)
+        moments = timed.times.reshape(-1)
+        assert (np.diff(moments) > 0).all()
+        assert (timed.times[:, -1, 2] - timed.times[:, 0, 0] < timed.step_s).all()
+        for one in (one for step in timed.counts for one in step):
+            assert one.accesses >= 2
+            assert one.changes >= one.demand or timed.policy == "mixed"
+    moves = {r.policy: sum(c.prefetch for step in r.counts for c in step) for r in runs[::2]}
     assert moves["lru"] == 0 < moves["predictive"]
 
 
 def test_no_layer_is_timed_where_none_is_captured(bench):
     dims = middle_dimensions("qwen3_moe", 2, wide=False)
-    assert layer_graphs_s("qwen3_moe", bench, dims, [(64, 1), (64, 2)]) == []
-    assert woken_s("qwen3_moe", bench, dims, torch.zeros(64, dtype=torch.uint8)) == 0.0
+    assert layers_s("qwen3_moe", bench, dims, [(64, 1), (64, 2)]) == []
     graphs = measure_graphs(bench)
     assert graphs.launch_s == 0.0
     assert LEAST_PART_S <= graphs.sync_s < 1.0
@@ -405,13 +440,20 @@ FOUND = run.Measured(
     launches=Launches(9e-6, 3e-4, 60, 20),
     dense=Line(3e-6, 0.7, 1e-6),
     fused=Line(4e-6, 0.85, 2e-6),
+    token_share=0.2,
     layers=Layers(
         {"qwen3_moe": 4e-5, "any": 4.5e-5}, {"qwen3_moe": 0.2, "any": 0.3},
         {"qwen3_moe": 2e-8, "any": 1e-8},
     ),
     runs=Runs(
-        HostCosts(8e-6, 1.1e-5, 4e-6, {"lru": 1.5, "predictive": 2.5}, 0.01),
-        3e-4, 2e-5, 0.02, 3e-5,
+        HostCosts(
+            {
+                "lru": Planning(8e-6, 3e-7, 1.5e-6, 0.0, 1e-7),
+                "predictive": Planning(5.5e-5, 2.5e-6, 7.5e-6, 9e-6, 1e-7),
+            },
+            3e-6, 1.1e-5, 4e-6, 0.01,
+        ),
+        3e-4, Misses(2e-5, 1.6e-4, 0.02),
     ),
     workspace_bytes=9_000_000,
 )  # fmt: skip
@@ -423,19 +465,20 @@ def bench():
 
 
 def test_what_runs_tell_stands_in_the_profile(bench, tmp_path):
-    """Planning is as much slower as in a run, and every event has the engine's work."""
+    """Policies that were not run keep what they take when they are replayed alone."""
     profile = run.write_profile(tmp_path / "mine.toml", run.profile_values(bench, FOUND))
     host, software = profile.host, profile.software
-    assert host.policy_event_s["lru"] == pytest.approx(8e-6 + 1.5 * 2e-6)
-    assert host.policy_event_s["predictive"] == pytest.approx(8e-6 + 2.5 * 2e-5)
-    assert host.policy_event_s["fifo"] == pytest.approx(8e-6 + 2 * 1e-6), "as the median"
-    assert host.policy_access_s == pytest.approx({"lru": 3e-7, "predictive": 2.5e-6, "fifo": 0})
-    assert host.policy_move_s == pytest.approx({"lru": 1.5e-6, "predictive": 7.5e-6, "fifo": 2e-6})
+    assert host.policy_event_s == {"lru": 1.1e-5, "predictive": 5.8e-5, "fifo": 1e-6}
+    assert host.policy_access_s == {"lru": 3e-7, "predictive": 2.5e-6, "fifo": 0}
+    assert host.policy_move_s == {"lru": 1.5e-6, "predictive": 7.5e-6, "fifo": 1e-6}
+    assert host.policy_prefetch_s == {"lru": 0.0, "predictive": 9e-6, "fifo": 1e-6}
+    assert host.table_rewrite_s == pytest.approx(13 * 4e-6)
     assert (host.copy_issue_s, host.table_update_s, host.miss_s) == (1.1e-5, 4e-6, 2e-5)
     assert (host.step_s, host.graph_launch_s, host.gate_sync_s) == (3e-4, 6e-6, 5e-6)
-    assert profile.link.wake_s == 3e-5
+    assert profile.link.wake_s == 6e-6
     assert profile.gpu.workspace_bytes == 9_000_000
     assert profile.expert.fused_efficiency == 0.85
+    assert profile.expert.fused_token_share == 0.2
     assert software.dense_efficiency == 0.7
     assert software.kv_efficiency == {"qwen3_moe": 0.2, "any": 0.3}
     assert software.kv_token_s == {"qwen3_moe": 2e-8, "any": 1e-8}
@@ -449,7 +492,6 @@ def test_without_runs_what_was_measured_alone_stands(bench):
     assert (host["copy_issue_s"], host["table_update_s"], host["step_s"]) == (7.9e-6, 9e-6, 3e-4)
     assert host["policy_event_s"]["lru"] == 2e-6
     assert "miss_s" not in host
-    assert run.profile_values(bench, FOUND._replace(runs=None))["link"]["wake_s"] == 6e-6
     assert FOUND.runs is not None
     unfitted = FOUND.runs._replace(host=FOUND.runs.host._replace(issue_s=0.0))
     host = run.profile_values(bench, FOUND._replace(runs=unfitted))["host"]
@@ -511,6 +553,7 @@ def test_the_kernels_that_graphs_need_can_be_timed_anywhere(bench):
         found = measure(bench, 1e10)
         assert found.beta > 0
         assert math.isfinite(found.residual)
+    assert 0 <= measure_token_share(bench, 1e10, found) < 100
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_missed_experts_are_planned_issued_and_awaited_before_the_graph_runs() -
     issued += host.miss_s
     landed = issued + costs.idle_copy_s(3000) + costs.queued_copy_s(3000)
     landed += GRAPHS.link.wake_s
-    launched = issued + 2 * host.copy_issue_s + host.table_update_s + host.graph_launch_s
+    launched = issued + 2 * host.copy_issue_s + 2 * host.table_update_s + host.graph_launch_s
     assert landed > launched, "the copies should be what is waited for"
     assert world.stall_demand_s == pytest.approx(landed - launched, rel=1e-12)
     assert world.total_s == pytest.approx(landed + 2 * graph.expert_s(1) + host.step_s, rel=1e-12)
@@ -89,7 +89,7 @@ def test_an_event_in_waves_is_eager_and_its_graph_follows() -> None:
     world = simulate("fifo", one_layer([[0, 1]]), 1, bare)
     graph, copy_s = world.costs.graph, world.costs.idle_copy_s(3000)
     assert graph is not None
-    expected = 2 * graph.launch_s + graph.table_update_s + graph.attention_s(1, 1)
+    expected = 2 * graph.launch_s + graph.table_s(2) + graph.attention_s(1, 1)
     expected += miss_s + 2 * (copy_s + wake_s + graph.expert_s(1))
     assert world.total_s == pytest.approx(expected, rel=1e-12)
 
