@@ -67,6 +67,13 @@ _OPTIONS = (
     *ARRANGEMENT,
     click.option("--max-mean-error", default="5%", show_default=True, help="Mean |error| of TPOT."),
     click.option("--max-error", default="10%", show_default=True, help="Worst |error| of TPOT."),
+    click.option(
+        "--attempts",
+        type=click.IntRange(min=1),
+        default=3,
+        show_default=True,
+        help="Replay a cell again while others slow its link, at most so often in all.",
+    ),
     click.option("--judge-time", is_flag=True, help="Judge times measured on a CPU, too."),
     click.option("--json", "json_path", metavar="FILE|-", help="Write everything as JSON."),
     click.option("--cells", metavar="FILE", help="Merge the cells into this JSON list."),
@@ -281,6 +288,7 @@ def _request(options: dict[str, Any]) -> Request:
         model=_checkpoint(options["model"]),
         prompts=_prompts(options),
         keep=Path(options["traces"]) if options["traces"] else None,
+        attempts=options["attempts"],
     )
     if not 1 <= options["timeline_cell"] <= len(request.runs):
         raise InputError(

@@ -13,6 +13,10 @@ from policies.result import read_json
 from reports.files import write_file
 from traces.errors import InputError
 
+#: The share of a token's time from which a run counts as waiting for the link, and the share of
+#: the profile's rate that the link then has to reach.
+STALL, BANDWIDTH = 0.20, 0.95
+
 #: Ways to validate: routing forced from a trace, or a checkpoint that generates text.
 MODES = ("replay", "live")
 
@@ -79,6 +83,7 @@ class Cell:
     sequences: int = 0
     tokens: int = 0
     steps: int = 0
+    attempts: int = 1
     seed: int = 0
     pool: str = "global"
     depth: int = 2
@@ -112,6 +117,13 @@ class Cell:
         if ours == theirs:
             return 0.0
         return (ours - theirs) / theirs if theirs else float("inf")
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether a GPU waited for a link that was slower than the profile knows it."""
+        share = self.bandwidth_share
+        waited = (self.stall_share or 0.0) > STALL
+        return self.world == GPU and waited and share is not None and share < BANDWIDTH
 
     @property
     def memory_error(self) -> float | None:

@@ -136,18 +136,24 @@ def _both(worlds: _Worlds, real: RealSession, run: Run) -> Done:
     request, sim, facts = worlds.request, worlds.sim, worlds.facts
     batch, policy, budget = run
     name = f"{policy} {budget_words(budget)} batch {batch}"
-    logs = DecisionLog(keep=True), DecisionLog(keep=True)
+    log = DecisionLog(keep=True)
     watch = worlds.bars(sim, f"{name}, simulated")
-    expected, recording = sim.run(policy, budget, record=True, watch=watch, log=logs[0])
+    expected, recording = sim.run(policy, budget, record=True, watch=watch, log=log)
     assert recording is not None
     real.expect_belady(expected.slots, partial(sim.belady_missed, expected.slots))
-    watch = worlds.bars(sim, f"{name}, for real")
-    found, _, measured = real.run(policy, budget, watch=watch, log=logs[1])
     costs = Costs(sim.profile, sim.model, POLICIES.build(policy).low_bits)
-    about = about_run(request, sim, run, found.slots) | facts | surroundings(found.world)
-    cell = compare(Pair(expected, found, recording, costs, measured, *logs), about)
+    tried: list[tuple[Cell, Result]] = []
+    while not tried or (tried[-1][0].disturbed and len(tried) < request.attempts):
+        watch = worlds.bars(sim, f"{name}, for real{' again' * bool(tried)}")
+        log_gpu = DecisionLog(keep=True)
+        found, _, measured = real.run(policy, budget, watch=watch, log=log_gpu)
+        pair = Pair(expected, found, recording, costs, measured, log, log_gpu)
+        about = about_run(request, sim, run, found.slots) | facts | surroundings(found.world)
+        tried.append((compare(pair, about), found))
+    # Chosen by the link alone, whatever the times say of the simulator.
+    cell, found = max(tried, key=lambda one: one[0].bandwidth_share or 0.0)
     results = [replace(result, trace=facts["trace"]) for result in (expected, found)]
-    return Done(cell, results)
+    return Done(replace(cell, attempts=len(tried)), results)
 
 
 def _timelines(sim: Session, real: RealSession, run: Run) -> dict[str, Recording]:

@@ -49,6 +49,7 @@ class Request:
     model: Path | None = None
     prompts: Sequence[str] = ()
     keep: Path | None = None
+    attempts: int = 3
 
     @property
     def runs(self) -> list[Run]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from reports.units import percent
-from reports.validation.cells import GPU, Cell, cell_labels
+from reports.validation.cells import BANDWIDTH, GPU, STALL, Cell, cell_labels
 
 PASS, FAIL = "pass", "fail"
 NOT_JUDGED, NOT_APPLICABLE, REPORTED = "not judged", "not applicable", "reported"
@@ -31,8 +31,8 @@ class Limits:
     prefetch: float = 0.02
     memory: float = 0.03
     link_busy: float = 0.95
-    bandwidth: float = 0.95
-    stall: float = 0.20
+    bandwidth: float = BANDWIDTH
+    stall: float = STALL
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ class FakeReal:
     world = "gpu"
     change: ClassVar[dict[str, Any]] = {}
     measured: ClassVar[dict[str, Any]] = {}
+    #: The link's rate in one run after the other, if given.
+    rates: ClassVar[list[float]] = []
     #: policy, or batch size -> what its run or the session's start raises
     raises: ClassVar[dict[str | int, BaseException]] = {}
     opened: ClassVar[list[FakeReal]] = []
@@ -61,6 +63,8 @@ class FakeReal:
             "step_s": [longer * (row.end_s - row.start_s) for row in recording.steps],
         }
         measured |= self.measured
+        if self.rates:
+            measured["link_bytes_per_s"] = self.rates.pop(0)
         result = replace(result, world=self.world, time=time)
         return result, recording if spans else None, SimpleNamespace(**measured)
 
@@ -78,6 +82,7 @@ def real(monkeypatch: pytest.MonkeyPatch) -> type[FakeReal]:
     class Fake(FakeReal):
         change: ClassVar[dict[str, Any]] = {}
         measured: ClassVar[dict[str, Any]] = {}
+        rates: ClassVar[list[float]] = []
         raises: ClassVar[dict[str | int, BaseException]] = {}
         opened: ClassVar[list[FakeReal]] = []
 
