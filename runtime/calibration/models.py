@@ -29,7 +29,7 @@ from runtime.calibration.shapes import (
     tiny_dimensions,
     with_published_heads,
 )
-from runtime.eventclock import EventClock
+from runtime.eventclock import EventClock, Times
 from traces.sizes import Dimensions
 
 
@@ -157,8 +157,7 @@ def layers_s(
 
 def _layer_s(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> list[float]:
     """The same for one shape: one figure, or none."""
-    runner = model.expert_cache.runner
-    graphs, hook = runner.graphs, runner.hook
+    graphs = model.expert_cache.runner.graphs
     before = 0 if graphs is None else graphs.captured
     # A prompt of few tokens leaves room for the steps below.
     prompt = min(PROMPT, cache_tokens // 8)
@@ -166,7 +165,13 @@ def _layer_s(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> lis
     decoding.step_s(2)
     if graphs is None or graphs.captured == before:
         return []
-    hook.clock = EventClock()
-    decoding.step_s(min(40, cache_tokens // 2))
-    times, hook.clock = hook.clock.take(len(hook.gates)), None
-    return [quiet_layer_s(times)]
+    return [quiet_layer_s(noted(model, decoding, min(40, cache_tokens // 2)))]
+
+
+def noted(model: Any, decoding: Decoding, steps: int) -> Times:
+    """The moments of the events of *steps* decode steps, and of four before them."""
+    engine, clock = model.expert_cache.runner.engine, EventClock()
+    engine.clock = clock
+    decoding.step_s(steps)
+    engine.clock = None
+    return clock.take(engine.planner.context.layers)

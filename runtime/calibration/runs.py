@@ -42,7 +42,7 @@ from traces.synth import SynthSettings, synthesise
 
 #: Steps of a run before its times count.
 WARM_STEPS = 3
-BUDGETS = ("100%", "50%", "25%")
+BUDGETS = ("50%", "25%")
 BATCHES = (1, 8)
 
 #: Policies without prefetches, on whose runs the wait for larger copies is measured.
@@ -192,12 +192,12 @@ def measure_runs(
     names = [name for name in POLICIES.classes() if name in thinking]
     with sessions(SMALL, BATCHES, device) as found:
         rest_s = rest_of_step(found[1].timed("lru", "100%").from_step(WARM_STEPS), launch_s)
-        runs = timed_runs(found, names, BUDGETS[:2] if bench.quick else BUDGETS, advance)
+        runs = timed_runs(found, names, BUDGETS[:1] if bench.quick else BUDGETS, advance)
     bench.free()
     host = fit_host(runs, launch_s)
     with sessions(HEAVY, (1,), device) as found:
         alone_s = layer_s(found[1].timed("lru", "100%").from_step(WARM_STEPS))
-        waited = timed_runs(found, DEMAND_ONLY, BUDGETS[1:])
+        waited = timed_runs(found, DEMAND_ONLY, BUDGETS)
     bench.free()
     advance()
     size = HEAVY.spec.expert_bytes

@@ -47,6 +47,7 @@ from runtime.calibration.hosts import (  # noqa: E402
     fit_host,
     fit_misses,
     layer_s,
+    quiet_layer_s,
     rest_of_step,
 )
 from runtime.calibration.kernels import (  # noqa: E402
@@ -62,6 +63,7 @@ from runtime.calibration.models import (  # noqa: E402
     Reads,
     kv_time,
     layers_s,
+    noted,
 )
 from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
 from runtime.calibration.runs import Runs, Shape, sessions, timed_runs  # noqa: E402
@@ -353,6 +355,15 @@ def test_every_policy_runs_for_its_events(bench):
             assert one.changes >= one.demand or timed.policy == "mixed"
     moves = {r.policy: sum(c.prefetch for step in r.counts for c in step) for r in runs[::2]}
     assert moves["lru"] == 0 < moves["predictive"]
+
+
+def test_every_event_of_a_decoding_model_is_noted(bench):
+    with offloaded("qwen3_moe", 2, bench, middle_dimensions("qwen3_moe", 2, wide=False)) as model:
+        times = noted(model, Decoding(model, bench, 64, prompt=8), 5)
+        assert times.shape == (9, 2, 3)
+        assert (np.diff(times.reshape(-1)) > 0).all()
+        assert 0 < quiet_layer_s(times) < 1
+        assert model.expert_cache.runner.engine.clock is None
 
 
 def test_no_layer_is_timed_where_none_is_captured(bench):
