@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from policies.budget import Budget
 from policies.planner import Planner
-from policies.registry import POLICIES
 from policies.routing import Step
 from policies.session import Setup, TraceSession, no_garbage_collection
 from runtime.calibration.fits import Thinking, thinking
@@ -56,8 +55,10 @@ class Timed:
         self.seconds: list[float] = []
 
 
-def measure_policies(quick: bool, advance: Callable[[], None]) -> dict[str, Thinking]:
-    """Seconds per event, expert and move of every policy that is registered, by name.
+def measure_policies(
+    quick: bool, names: Iterable[str], advance: Callable[[], None]
+) -> dict[str, Thinking]:
+    """Seconds per event, expert and move of the policies called *names*.
 
     From runs of one and of several sequences at a time. A policy that cannot run on the
     made-up trace is left out.
@@ -69,7 +70,7 @@ def measure_policies(quick: bool, advance: Callable[[], None]) -> dict[str, Thin
         sessions = [
             TraceSession(Setup(trace=str(path), train=str(path), batch=batch)) for batch in BATCHES
         ]
-        for name in POLICIES.classes():
+        for name in names:
             timed = Timed()
             try:
                 for session in sessions:

@@ -87,7 +87,6 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
     experts = measure_experts(bench, rates, advance)
     cpu = measure_cpu(bench.quick or not bench.cuda)
     advance()
-    policies = measure_policies(bench.quick, advance)
     launches = measure_launches(bench)
     advance()
     dense = fused = runs = None
@@ -100,14 +99,17 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
         reads = Reads(rates.memory_bytes_per_s, dense.beta, fused.beta)
         layers = measure_layers(bench, reads, graphs.sync_s, advance)
     if layers.floor_s:
-        runs = measure_runs(bench, graphs, copies, policies, advance)
+        runs = measure_runs(bench, graphs, copies, advance)
+    # A run tells more; without one, what policies take when they are replayed in Python.
+    known = () if runs is None else runs.host.planning
+    alone = [name for name in POLICIES.classes() if name not in known]
     return Measured(
         copies=copies,
         rates=rates,
         graphs=graphs,
         experts=experts,
         cpu=cpu,
-        policies=policies,
+        policies=measure_policies(bench.quick, alone, advance),
         launches=launches,
         dense=dense,
         fused=fused,
@@ -265,7 +267,6 @@ def _software(found: Measured) -> dict[str, Any]:
 
 def _sources(bench: Bench, found: Measured) -> dict[str, str]:
     by = "CUDA events" if bench.cuda else "the host's clock; the CPU was the device, no GPU"
-    lru = found.policies["lru"]
     model = f"small {TYPICAL} models of two depths"
     sources = {
         "gpu.name": "as the driver says" if bench.cuda else "the processor; no GPU was used",
@@ -285,8 +286,8 @@ def _sources(bench: Bench, found: Measured) -> dict[str, str]:
         "host.access_s": "median of policy_access_s",
         "host.move_s": "median of policy_move_s",
         "host.policy_event_s": (
-            "replays of a made-up trace; event, experts and moves fitted to medians, lru misses "
-            f"{lru.residual_s:.1e} s where a constant misses {lru.constant_residual_s:.1e} s"
+            "replays of a made-up trace; event, experts and moves fitted to medians"
+            + _missed(found.policies.get("lru"))
         ),
         "host.policy_access_s": "the same fit, per distinct expert of an event",
         "host.policy_move_s": "the same fit, per demanded move",
@@ -297,6 +298,14 @@ def _sources(bench: Bench, found: Measured) -> dict[str, str]:
         "cpu": "bf16 experts in plain torch on all cores",
     }
     return {key: f"measured: {text}" for key, text in (sources | _graph_sources(found)).items()}
+
+
+def _missed(lru: Thinking | None) -> str:
+    """What the fit of ``lru`` is off by, as an example; nothing if it was not replayed."""
+    if lru is None:
+        return ""
+    constant = f"where a constant misses {lru.constant_residual_s:.1e} s"
+    return f"; lru misses {lru.residual_s:.1e} s {constant}"
 
 
 def _graph_sources(found: Measured) -> dict[str, str]:

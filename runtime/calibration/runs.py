@@ -20,7 +20,7 @@ from policies.routing import Routing
 from policies.session import Prepared, Setup, no_garbage_collection
 from runtime.calibration.bench import Bench
 from runtime.calibration.copies import Copies
-from runtime.calibration.fits import Thinking, line
+from runtime.calibration.fits import line
 from runtime.calibration.hosts import (
     EventCounts,
     HostCosts,
@@ -44,6 +44,7 @@ from traces.synth import SynthSettings, synthesise
 WARM_STEPS = 3
 BUDGETS = ("50%", "25%")
 BATCHES = (1, 8)
+FEW_SEQUENCES = 3
 
 #: Policies without prefetches, on whose runs the wait for larger copies is measured.
 DEMAND_ONLY = ("lru", "fifo")
@@ -142,14 +143,17 @@ class Runs(NamedTuple):
 
 @contextmanager
 def sessions(shape: Shape, batches: Sequence[int], device: str) -> Iterator[dict[int, _Session]]:
-    """Sessions of one model over its made-up trace, by batch; freed behind."""
+    """Sessions of one model over its made-up traces, by batch; freed behind.
+
+    Each has as many sequences as its batch, but at least :data:`FEW_SEQUENCES`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "trace.parquet")
-        shape.write(Path(path), max(batches))
         found: dict[int, _Session] = {}
         first: _Session | None = None
         try:
             for batch in batches:
+                path = str(Path(folder) / f"trace-{batch}.parquet")
+                shape.write(Path(path), max(batch, FEW_SEQUENCES))
                 setup = Setup(trace=path, train=path, batch=batch)
                 session = found[batch] = _Session(setup, device, like=first)
                 session.open()
@@ -184,12 +188,11 @@ def measure_runs(
     bench: Bench,
     graphs: Graphs,
     copies: Copies,
-    thinking: Mapping[str, Thinking],
     advance: Callable[[], None],
 ) -> Runs:
     """Every policy on small experts, a few on larger ones, on a device with graphs."""
     device, launch_s = bench.device.type, graphs.launch_s
-    names = [name for name in POLICIES.classes() if name in thinking]
+    names = list(POLICIES.classes())
     with sessions(SMALL, BATCHES, device) as found:
         rest_s = rest_of_step(found[1].timed("lru", "100%").from_step(WARM_STEPS), launch_s)
         runs = timed_runs(found, names, BUDGETS[:1] if bench.quick else BUDGETS, advance)

@@ -344,7 +344,7 @@ def test_every_policy_runs_for_its_events(bench):
         runs = timed_runs(found, list(POLICIES.classes()), ("50%",))
     assert {r.policy for r in runs} == set(POLICIES.classes())
     for timed, batch in zip(runs, itertools.cycle((1, 2))):
-        steps = 9 if batch == 1 else 3
+        steps = 15 if batch == 1 else 9
         assert len(timed.counts) == len(timed.step_s) == steps
         assert timed.times.shape == (steps, 2, 3)
         moments = timed.times.reshape(-1)
