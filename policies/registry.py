@@ -123,7 +123,10 @@ class Registry(Generic[T]):
             key, equals, value = item.partition("=")
             key = key.strip()
             if not equals:
-                raise InputError(f"{self.kind} {text!r}: {item!r} found, expected key=value")
+                # A class may let its first parameter go without its name: routing-path:FILE.
+                key, value = getattr(cls, "leading", ""), item
+                if not key or values:
+                    raise InputError(f"{self.kind} {text!r}: {item!r} found, expected key=value")
             if key not in fields:
                 raise InputError(
                     f"{self.kind} {name!r}: unknown parameter {key!r}{did_you_mean(key, fields)} "
