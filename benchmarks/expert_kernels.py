@@ -1,10 +1,13 @@
 """How long a layer's experts take on this GPU, beside transformers' kernels and the memory rate.
 
-PYTHONPATH=. python benchmarks/expert_kernels.py [--model NAME] [--tokens 1,8] [--low 8] [--tune]
+PYTHONPATH=. python benchmarks/expert_kernels.py [--model NAME] [--tokens 1,8] [--low 8]
+PYTHONPATH=. python benchmarks/expert_kernels.py --tune [--limit 100] [--json FILE]
 
 Every model's layer has its real dimensions, random bfloat16 weights and random routing. Weights
 of successive calls differ (several layers in one bank), so that none are found in the GPU's
-cache. `fused` is what the runtime calls: the faster of `decode` and `sorted`, by its own rule.
+cache. `fused` is what the runtime calls: `pairs` for one token (an expert is read for every token
+that uses it), `groups` for some (read once), `sorted` for many. `--tune` tries other cuts of the
+first two (expert_tuning.py).
 Times are medians of CUDA graph replays (`graph`) and of eager calls timed by CUDA events
 (`eager`), in microseconds per layer; `host` is what one call costs the host. The rate counts
 every demanded expert's bytes once, and is a share of the device's copy rate, measured first.
@@ -18,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +37,7 @@ from runtime.layout import ExpertLayout, LowLayout
 from runtime.quantise import quantise
 
 if TYPE_CHECKING:
-    from runtime.kernels.decode import Tiles
+    from runtime.kernels.decode import DecodeKernels
 
 #: Bytes of weights in the bank at least: many times an H200's 50 MB cache.
 BANK_BYTES = 6 * 2**30
@@ -106,7 +110,7 @@ class Bench:
         hidden = torch.randn(tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
         scores = torch.rand(tokens, shape.experts, device="cuda")
         weights, index = scores.topk(shape.top_k, dim=1)
-        return hidden, index, weights
+        return hidden, index, weights.to(hidden.dtype)
 
     def demand_bytes(self, index: Tensor) -> int:
         """Bytes of the distinct experts in *index*."""
@@ -122,40 +126,30 @@ class Bench:
 
         def prefill(layer: int) -> None:
             call = Call(hidden, index, weights, tables[layer], out)
-            run_prefill(banks, gating, call, self.fused._grouped)
+            run_prefill(banks, gating, call, self.fused._grouped, self.fused.rounds)
+
+        def decode(kernels: DecodeKernels, layer: int) -> None:
+            kernels.run(hidden, index, weights, tables[layer], out, -1, False)
 
         found: dict[str, Callable[[int], object]] = {
             "fused": lambda layer: self.fused.run(hidden, index, weights, tables[layer], out),
             "sorted": prefill,
         }
-        if tokens <= DECODE_TOKENS:
-            decode = self.fused._decode
-            assert decode is not None, "triton is not installed"
-            found["decode"] = lambda layer: decode.run(
-                hidden, index, weights, tables[layer], out, -1, False
-            )
+        for name, kernels, most in (
+            ("pairs", self.fused._pairs, 1),
+            ("groups", self.fused._groups, DECODE_TOKENS),
+        ):
+            if tokens <= most:
+                assert kernels is not None, "triton is not installed"
+                found[name] = partial(decode, kernels)
         if self.low is None:
-            layers = [self._stacked(layer) for layer in range(self.layers)]
+            layers = [self.stacked(layer) for layer in range(self.layers)]
             for kernel in ("batched_mm", "grouped_mm"):
                 forward = getattr(moe, f"{kernel}_experts_forward")
                 found[kernel] = partial(_theirs, forward, layers, (hidden, index, weights))
         return found
 
-    def cut_us(self, tokens: int, first: Tiles | None, second: Tiles | None) -> float:
-        """Microseconds per layer of the decode kernels with other cuts than the default."""
-        from runtime.kernels.decode import DecodeKernels
-
-        banks = self.fused.banks
-        kernels = DecodeKernels(banks, self.gating, self.shape.top_k, DECODE_TOKENS, first, second)
-        hidden, index, weights = self.routes(tokens)
-        out = torch.empty_like(hidden)
-
-        def call(layer: int) -> None:
-            kernels.run(hidden, index, weights, self.tables[layer], out, -1, False)
-
-        return layer_us(call, self.layers)[0]
-
-    def _stacked(self, layer: int) -> Any:
+    def stacked(self, layer: int) -> Any:
         """One layer's weights as transformers' kernels take them, without a copy."""
         count = self.shape.experts
         views = self.layout.views(self.full[layer * count : (layer + 1) * count])
@@ -266,55 +260,15 @@ def table(names: list[str], tokens: list[int], low_bits: int, rate: float) -> No
         torch.cuda.empty_cache()
 
 
-def tune(names: list[str], tokens: int, low_bits: int) -> None:
-    """Print the fastest cuts of each projection, and what the defaults take."""
-    for name in names:
-        bench = Bench(MODELS[name], low_bits)
-        print(f"{name}: default {bench.cut_us(tokens, None, None):.1f} us")
-        for label, cuts in candidates(bench.shape).items():
-            found = []
-            for cut in cuts:
-                first, second = (cut, None) if label == "first" else (None, cut)
-                found.append((bench.cut_us(tokens, first, second), cut))
-            for us, cut in sorted(found, key=lambda item: item[0])[:4]:
-                print(f"  {label} {us:.1f} us {cut}", flush=True)
-        del bench
-        torch.cuda.empty_cache()
-
-
-def candidates(shape: Shape) -> dict[str, list[Tiles]]:
-    """Cuts worth trying for each projection."""
-    from runtime.kernels.decode import Tiles
-
-    if shape.transposed:
-        first = [Tiles(n, k, w) for n in (16, 32, 64) for k in (32, 64, 128) for w in (4, 8)]
-        second = [
-            Tiles(n, k, w, splits=s)
-            for n in (32, 64, 128)
-            for k in (16, 32)
-            for w in (4, 8)
-            for s in (6, 12, 18)
-        ]
-        return {"first": first, "second": second}
-    pairs = 1 << (shape.top_k - 1).bit_length()
-    first = [Tiles(n, k, w) for n in (2, 4, 8) for k in (512, 1024, 2048) for w in (4, 8)]
-    second = [
-        Tiles(n, k // pairs, w, splits=s)
-        for n in (2, 4, 8)
-        for k in (1024, 2048, 4096)
-        for w in (4, 8)
-        for s in (1, 2)
-    ]
-    return {"first": first, "second": second}
-
-
 def main() -> None:
     """Read the options and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", choices=MODELS, help="all if not given")
-    parser.add_argument("--tokens", default="1,4,8,32", help="tokens per call, by comma")
+    parser.add_argument("--tokens", default="1,2,4,8,16,32,64", help="tokens per call, by comma")
     parser.add_argument("--low", type=int, default=0, choices=(0, 4, 8), help="bits of all slots")
     parser.add_argument("--tune", action="store_true", help="try other cuts of the work")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds that --tune may take")
+    parser.add_argument("--json", type=Path, help="file for what --tune finds")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device found, expected one")
@@ -324,7 +278,11 @@ def main() -> None:
         rate = copy_rate()
         print(f"{torch.cuda.get_device_name()}, device copy {rate / 1e12:.2f} TB/s\n")
         if options.tune:
-            tune(names, tokens[0], options.low)
+            from benchmarks.expert_tuning import Tuner
+
+            tuner = Tuner(rate, tokens, options.limit, options.json)
+            for name in names:
+                tuner.tune(name, Bench(MODELS[name], options.low), names[names.index(name) :])
         else:
             table(names, tokens, options.low, rate)
 

@@ -25,7 +25,7 @@ PIECE_WEIGHT_BYTES = 1 + 4
 #: For each token and expert: keys, order, slots and experts as int64 and int32, and a mask.
 _PAIR_INDEX_BYTES = 4 * 8 + 4 + 1
 
-#: Bytes of a float32: sums and activations are worked out in it.
+#: Bytes of a float32: weighted rows are summed up in it.
 _FLOAT_BYTES = 4
 
 #: What a run's GPU memory is made of: keys of a result's ``memory``.
@@ -136,9 +136,9 @@ def raised_at_once(expert_bytes: int, most: int) -> int:
 def _gating_row_bytes(model: ModelSpec) -> int:
     """Bytes for each row between the projections, where they are most.
 
-    The first projection in the model's dtype and in float32; beside it the activated gate and
-    the product. The clamped form, known by the biases that only its models have, holds five
-    such vectors: gate, up, their product, the scaled gate, its sigmoid.
+    The first projection, the activated gate and the product, all in the model's dtype, to which
+    the runtime rounds them on a GPU. The clamped form, known by the biases that only its models
+    have, holds five such vectors: gate, up, their product, the scaled gate, its sigmoid.
     """
     inner = model.intermediate
     matrices = model.expert_params // (model.hidden * inner)
@@ -146,4 +146,4 @@ def _gating_row_bytes(model: ModelSpec) -> int:
     width = 2 * inner if gated else inner
     biased = model.expert_params > matrices * model.hidden * inner
     vectors = 5 if gated and biased else 2
-    return width * (model.param_bytes + _FLOAT_BYTES) + vectors * inner * _FLOAT_BYTES
+    return (width + vectors * inner) * model.param_bytes

@@ -4,7 +4,8 @@
 #     docs/validation/run.sh PROFILE GPT_OSS_TRACE OUT
 #
 # PROFILE is what `simctl calibrate` wrote there, GPT_OSS_TRACE the recorded trace of gpt-oss-20b
-# (`simctl trace import`), OUT the folder for cells.json, reports and timelines.
+# (`simctl trace import`), OUT the folder for cells.json, reports and timelines. ONLY="olmoe" runs
+# some of the models, RECORD=1 Mixtral-8x7B at all 32 layers as well; cells are merged.
 set -u
 profile=$1 gptoss=$2 out=$3
 granular=traces/samples/granular-64x8.parquet
@@ -15,6 +16,7 @@ mkdir -p "$out"
 validate() {
     name=$1
     shift
+    case " ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
     python3 -m simctl validate --hardware "$profile" --device cuda --cells "$out/cells.json" \
         --cache 25% --cache 50% --batch 1 --batch 8 --sequences 8 --max-tokens 24 \
         --timeline "$out/$name.json.gz" "$@" || failed=1

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from runtime.kernels.banks import Banks
 from runtime.kernels.cpu import run_plain
 from runtime.kernels.gating import Gating
-from runtime.kernels.prefill import MAX_GROUPS, can_group, run_prefill
+from runtime.kernels.prefill import can_group, run_prefill
 from runtime.kernels.routes import Call
 from runtime.layout import ExpertLayout, LowLayout
 from traces.errors import InputError
@@ -18,30 +19,12 @@ from traces.errors import InputError
 if TYPE_CHECKING:
     from runtime.kernels.decode import DecodeKernels
 
-#: The decode kernels take at most this many tokens; their scratch is made for so many.
-DECODE_TOKENS = 32
+#: The decode kernels take at most this many tokens where they group them by expert; from the
+#: second token on that reads no more than pairs by themselves, and soon much less.
+DECODE_TOKENS = 64
 
-#: What :func:`decode_tokens` weighs: bytes per second that the decode kernels and torch's
-#: grouped matmul read on an H200 (4.2e12 at best; the grouped one reaches about half for few
-#: rows per expert), and the seconds that sorting pairs and its twenty launches take.
-DECODE_RATE = 4.2e12
-GROUPED_RATE = 2.1e12
-SORTING_S = 100e-6
-
-
-def decode_tokens(expert_bytes: int, experts: int, top_k: int) -> int:
-    """Up to how many tokens the decode kernels are the faster path, at most DECODE_TOKENS.
-
-    They read an expert of *expert_bytes* once per pair that uses it, the sorted path once.
-    With *top_k* of *experts* drawn at random by each of T tokens, an expert is used with
-    probability 1 - (1 - top_k / experts) ** T.
-    """
-    for tokens in range(2, DECODE_TOKENS + 1):
-        distinct = experts * (1 - (1 - top_k / experts) ** tokens)
-        sorted_s = SORTING_S + distinct * expert_bytes / GROUPED_RATE
-        if tokens * top_k * expert_bytes / DECODE_RATE > sorted_s:
-            return tokens - 1
-    return DECODE_TOKENS
+#: Most tokens whose pairs are computed one by one, where they cannot be grouped.
+PAIR_TOKENS = 32
 
 
 class FusedExperts:
@@ -51,9 +34,14 @@ class FusedExperts:
     [low_slots, low_layout.stride_bytes] (or None) are read in place at every call, so what
     the slots hold may change between calls. *top_k* is the model's; it sizes the scratch of
     the decode path, which no call then allocates.
+
+    With *rounds* sums are rounded where transformers rounds them, in the model's dtype; the
+    bits then differ only where float32 sums in another order fall on the other side. By
+    default so on CUDA with bfloat16 or float16. Without, all but matmuls of many tokens is
+    float32 between hidden states and *out*.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         layout: ExpertLayout,
         full: Tensor,
@@ -62,6 +50,7 @@ class FusedExperts:
         top_k: int,
         low_layout: LowLayout | None = None,
         low: Tensor | None = None,
+        rounds: bool | None = None,
     ) -> None:
         self.banks = Banks(layout, full, low_layout, low)
         self.gating = gating
@@ -72,13 +61,28 @@ class FusedExperts:
             )
         self._grouped = can_group(self.banks)
         self._top_k = top_k
-        self._limits: dict[int, int] = {}
-        self._decode: DecodeKernels | None = None
-        if full.device.type == "cuda" and importlib.util.find_spec("triton"):
-            # Not before: a machine without a GPU needs no triton.
-            from runtime.kernels.decode import DecodeKernels
+        self._pairs: DecodeKernels | None = None
+        self._groups: DecodeKernels | None = None
+        cuda = full.device.type == "cuda"
+        rounded = layout.dtype in (torch.bfloat16, torch.float16)
+        self.rounds = cuda and rounded if rounds is None else rounds
+        if cuda and importlib.util.find_spec("triton"):
+            self._make_kernels(self.rounds and rounded)
 
-            self._decode = DecodeKernels(self.banks, gating, top_k, DECODE_TOKENS)
+    def _make_kernels(self, grouped: bool) -> None:
+        """The decode kernels: of pairs, and if *grouped* of experts with all their tokens.
+
+        Matrix instructions take inputs in the model's dtype, so grouping wants rounded ones.
+        """
+        # Not before: a machine without a GPU needs no triton.
+        from runtime.kernels.decode import DecodeKernels, group_cut
+
+        banks, gating, top_k = self.banks, self.gating, self._top_k
+        most = 1 if grouped else PAIR_TOKENS
+        self._pairs = DecodeKernels(banks, gating, top_k, most, rounds=self.rounds)
+        if grouped:
+            cut = group_cut(banks, gating)
+            self._groups = DecodeKernels(banks, gating, top_k, DECODE_TOKENS, cut, rounds=True)
 
     def run(  # noqa: PLR0913
         self,
@@ -97,30 +101,22 @@ class FusedExperts:
         int32 [E] holds each expert's slot in this layer, -1 for an expert that contributes
         nothing. With *only*, pairs of other slots contribute nothing either. *out* has the
         dtype of *hidden* or float32, and is added to if *accumulate*. All tensors lie on the
-        bank's device. With triton, a call for at most :data:`DECODE_TOKENS` tokens waits for
-        nothing, and a CUDA graph may capture it once it has run.
+        bank's device. With triton, a call for at most :data:`DECODE_TOKENS` tokens (without
+        *rounds* :data:`PAIR_TOKENS`) waits for nothing, and a CUDA graph may capture it once
+        it has run.
         """
-        decode, experts = self._decode, table.shape[0]
-        if decode is not None and hidden.shape[0] <= (
-            self._limits.get(experts) or self._decode_limit(experts)
-        ):
-            decode.run(hidden, index, weights, table, out, only, accumulate)
+        kernels = self._kernels(len(hidden))
+        if kernels is not None:
+            kernels.run(hidden, index, weights, table, out, only, accumulate)
             return
         call = Call(hidden, index, weights, table, out, only, accumulate)
         if hidden.device.type == "cuda":
-            run_prefill(self.banks, self.gating, call, self._grouped)
+            run_prefill(self.banks, self.gating, call, self._grouped, self.rounds)
         else:
             run_plain(self.banks, self.gating, call)
 
-    def _decode_limit(self, experts: int) -> int:
-        """Most tokens for the decode kernels in a layer of *experts*; worked out once.
-
-        Where the sorted path would wait for the device, they take all that they can: a call
-        for few tokens must be one that a graph can capture.
-        """
-        banks = self.banks
-        waits = not self._grouped or banks.low_slots or banks.full_slots > MAX_GROUPS
-        size_bytes = banks.layout.size_bytes
-        limit = DECODE_TOKENS if waits else decode_tokens(size_bytes, experts, self._top_k)
-        self._limits[experts] = limit
-        return limit
+    def _kernels(self, tokens: int) -> DecodeKernels | None:
+        """The decode kernels for *tokens*; None if there are too many for them."""
+        if self._groups is not None and tokens > 1:
+            return self._groups if tokens <= DECODE_TOKENS else None
+        return self._pairs if tokens <= PAIR_TOKENS else None

@@ -52,7 +52,8 @@ class Gating:
             return ACTIVATIONS[self.activation](gate) * up
         gate = gate.clamp(max=self.limit)
         up = up.clamp(min=-self.limit, max=self.limit)
-        return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+        # In transformers' order: it matters where every step is rounded.
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
 def gating_of(experts: Any) -> Gating:

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from policies.memory import raised_at_once
 from runtime.kernels.banks import Banks
 from runtime.kernels.gating import Gating
 from runtime.kernels.routes import Call
 
 #: Experts that one grouped matmul is given at most: torch refuses 1024 and more.
 MAX_GROUPS = 1000
-
-#: Low-precision experts raised to full precision at a time, to bound the memory they take.
-RAISED = 8
 
 #: torch's grouped matmul wants rows that begin at multiples of this.
 VECTOR_BYTES = 16
@@ -49,13 +47,18 @@ def can_group(banks: Banks) -> bool:
     return hasattr(F, "grouped_mm") and all(n * item % VECTOR_BYTES == 0 for n in numbers)
 
 
-def run_prefill(banks: Banks, gating: Gating, call: Call, grouped: bool) -> None:
+def run_prefill(
+    banks: Banks, gating: Gating, call: Call, grouped: bool, rounds: bool = False
+) -> None:
     """Compute *call*; matrices multiply in the bank's dtype, their sums stay float32.
 
-    *grouped* is :func:`can_group`'s answer. Waits for the device only where the distinct
-    slots must be known on the host: without grouped matmuls, with a low bank, or with more
-    than :data:`MAX_GROUPS` slots.
+    *grouped* is :func:`can_group`'s answer. With *rounds* activations and weighted rows are
+    rounded where transformers rounds them, if hidden states have the bank's dtype.
+
+    Waits for the device only where the distinct slots must be known on the host: without
+    grouped matmuls, with a low bank, or with more than :data:`MAX_GROUPS` slots.
     """
+    rounds = rounds and call.hidden.dtype == banks.layout.dtype
     slots = call.slots()
     flat = slots.reshape(-1).long()
     total = banks.full_slots + banks.low_slots
@@ -64,10 +67,14 @@ def run_prefill(banks: Banks, gating: Gating, call: Call, grouped: bool) -> None
     inputs = call.hidden[order // call.index.shape[1]].to(banks.layout.dtype)
     sorted_rows = torch.empty(len(keys), banks.output, dtype=inputs.dtype, device=inputs.device)
     for group in _groups(banks, keys, grouped):
-        sorted_rows[group.rows] = _outputs(banks, gating, group, inputs[group.rows], grouped)
+        sorted_rows[group.rows] = _outputs(
+            banks, gating, group, inputs[group.rows], grouped, rounds
+        )
+        # Not beside the next ones.
+        del group
     rows = torch.empty_like(sorted_rows)
     rows[order] = sorted_rows
-    call.write(rows, slots)
+    call.write(rows, slots, rounds)
 
 
 def _groups(banks: Banks, keys: Tensor, grouped: bool) -> Iterator[_Group]:
@@ -93,8 +100,9 @@ def _raised_groups(banks: Banks, keys: Tensor, host: list[int]) -> Iterator[_Gro
     """The groups of the low slots in use; *host* holds where each slot's rows begin."""
     base = banks.full_slots
     used = [row for row in range(banks.low_slots) if host[base + row] < host[base + row + 1]]
-    for first in range(0, len(used), RAISED):
-        some = used[first : first + RAISED]
+    at_once = raised_at_once(banks.layout.size_bytes, max(len(used), 1))
+    for first in range(0, len(used), at_once):
+        some = used[first : first + at_once]
         rows = slice(host[base + some[0]], host[base + some[-1] + 1])
         ends = [host[base + row + 1] - rows.start for row in some]
         local = torch.tensor(ends, dtype=torch.int32, device=keys.device)
@@ -102,11 +110,13 @@ def _raised_groups(banks: Banks, keys: Tensor, host: list[int]) -> Iterator[_Gro
         yield _Group(banks.raised(some, banks.layout.dtype), rows, local, expert)
 
 
-def _outputs(banks: Banks, gating: Gating, group: _Group, inputs: Tensor, grouped: bool) -> Tensor:
+def _outputs(
+    banks: Banks, gating: Gating, group: _Group, inputs: Tensor, grouped: bool, rounds: bool
+) -> Tensor:
     """The expert outputs [rows, H] of a *group* for its *inputs* [rows, H]."""
     transposed = banks.layout.transposed
     projected = _linear(group, banks.first, inputs, transposed, grouped)
-    inner = gating.apply(projected.float()).to(inputs.dtype)
+    inner = gating.apply(projected if rounds else projected.float()).to(inputs.dtype)
     return _linear(group, "down_proj", inner, transposed, grouped)
 
 

@@ -32,14 +32,16 @@ class Call:
             slots = torch.where(slots == self.only, slots, -1)
         return slots
 
-    def write(self, rows: Tensor, slots: Tensor) -> None:
+    def write(self, rows: Tensor, slots: Tensor, rounds: bool = False) -> None:
         """Weigh and sum expert outputs *rows* [T * k, H] into ``out``, in float32.
 
-        Rows of pairs whose slot in *slots* [T, k] is -1 may hold anything.
+        Rows of pairs whose slot in *slots* [T, k] is -1 may hold anything. With *rounds* a
+        weighted row has the dtype that multiplying the two gives, as in transformers.
         """
         tokens, top_k = self.index.shape
         taken = slots.view(tokens, top_k, 1) >= 0
-        weighted = rows.view(tokens, top_k, -1).float() * self.weights.float().unsqueeze(-1)
+        rows, weights = rows.view(tokens, top_k, -1), self.weights.unsqueeze(-1)
+        weighted = (rows * weights).float() if rounds else rows.float() * weights.float()
         total = torch.where(taken, weighted, 0).sum(dim=1)
         if self.accumulate:
             total += self.out

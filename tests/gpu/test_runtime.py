@@ -162,6 +162,7 @@ def test_what_follows_the_length_runs_uncaptured():
             assert float((ours - theirs).abs().max()) < 2e-3 * (1 + float(theirs.abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("slots", [5, 24])
 def test_a_replayed_step_waits_for_no_copy_to_the_host(slots):
     """The host follows the gates' answers through pinned memory; nothing else is read."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,6 @@ from transformers.integrations import moe  # noqa: E402
 
 from runtime.kernels import FusedExperts, Gating, ReferenceExperts, gating_of  # noqa: E402
 from runtime.kernels.banks import Banks  # noqa: E402
-from runtime.kernels.fused import DECODE_TOKENS, decode_tokens  # noqa: E402
 from runtime.kernels.gating import ACTIVATIONS  # noqa: E402
 from runtime.kernels.prefill import run_prefill  # noqa: E402
 from runtime.kernels.routes import Call  # noqa: E402
@@ -35,6 +35,11 @@ def fused(placed):
         placed.layout, placed.full, placed.gating, top_k=TOP_K,
         low_layout=placed.low_layout, low=placed.low,
     )  # fmt: skip
+
+
+def same_bits(ours, theirs):
+    """The share of values that are equal to the last bit."""
+    return float((ours == theirs).double().mean())
 
 
 def largest(error):
@@ -100,9 +105,9 @@ def test_more_slots_than_a_grouped_matmul_takes(monkeypatch):
     import runtime.kernels.reference as reference
 
     monkeypatch.setattr(prefill, "MAX_GROUPS", 5)
-    monkeypatch.setattr(prefill, "RAISED", 2)
     monkeypatch.setattr(reference, "MAX_GROUPS", 5)
     placed = Placed(experts_module("concatenated", torch.float32), **LOW)
+    monkeypatch.setattr("policies.memory.RAISED_BYTES", 2 * placed.layout.size_bytes)
     banks = Banks(placed.layout, placed.full, placed.low_layout, placed.low)
     hidden, index, weights = routes(33, torch.float32)
     exact = placed.exact(hidden, index, weights)
@@ -208,14 +213,31 @@ def test_banks_of_another_shape_are_refused():
         ReferenceExperts(placed.layout, placed.full, placed.module, "eager")
 
 
-def test_the_crossover_follows_how_often_experts_are_shared():
-    # Mixtral's few large experts are soon shared by several tokens, Qwen3's hardly ever.
-    mixtral = decode_tokens(352_321_536, experts=8, top_k=2)
-    qwen = decode_tokens(9_437_184, experts=128, top_k=8)
-    assert 4 <= mixtral <= 12
-    assert qwen == DECODE_TOKENS
-    assert decode_tokens(1000, experts=8, top_k=8) == DECODE_TOKENS
-    assert decode_tokens(10**12, experts=2, top_k=2) == 2
+def test_who_computes_how_many_tokens():
+    """None stands for the sorted path."""
+    kernels = fused(Placed(experts_module("concatenated", torch.bfloat16)))
+    pairs, groups = object(), object()
+    kernels._pairs, kernels._groups = pairs, groups
+    assert [kernels._kernels(n) for n in (1, 2, 64, 65)] == [pairs, groups, groups, None]
+    kernels._groups = None
+    assert [kernels._kernels(n) for n in (1, 32, 33)] == [pairs, pairs, None]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_sorted_path_rounds_where_transformers_does(kind, dtype):
+    placed = Placed(experts_module(kind, dtype))
+    banks = Banks(placed.layout, placed.full)
+    for weights_dtype in (dtype, torch.float32):
+        hidden, index, weights = routes(33, dtype, weights_dtype)
+        theirs = moe.grouped_mm_experts_forward(placed.module, hidden, index, weights)
+        out = torch.empty_like(hidden)
+        call = Call(hidden, index, weights, placed.table, out)
+        run_prefill(banks, placed.gating, call, grouped=False, rounds=True)
+        assert same_bits(out, theirs) > 0.98
+        run_prefill(banks, placed.gating, call, grouped=False)
+        # Without a gate, the only rounding between the matmuls is the activation's.
+        assert kind == "ungated" or same_bits(out, theirs) < 0.9
 
 
 interpreted = pytest.mark.skipif(
@@ -224,28 +246,175 @@ interpreted = pytest.mark.skipif(
 )
 
 
+def cut_of(name):
+    """Cuts that take every way through the kernels, for the small sizes of these tests."""
+    from runtime.kernels.decode import Cut, Tiles
+
+    def dot(n, k, splits=1):
+        return Tiles(n, k, splits=splits, dot=True, stages=2)
+
+    return {
+        "default": None,
+        "split": Cut(Tiles(8, 16, splits=2), Tiles(8, 16, splits=2)),
+        "odd": Cut(Tiles(8, 32), Tiles(4, 16, splits=2)),
+        "dot": Cut(dot(8, 16, 2), dot(8, 16)),
+        "groups": Cut(dot(8, 16), dot(16, 16, 2), group=16),
+        "small groups": Cut(dot(8, 16, 2), dot(16, 16), group=2),
+    }[name]
+
+
+CUTS = ("default", "split", "odd", "dot", "groups", "small groups")
+
+
 @interpreted
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("bits", [0, 8, 4])
-@pytest.mark.parametrize("cut", ["default", "split", "odd"])
+@pytest.mark.parametrize("cut", CUTS)
 def test_decode_kernels_in_the_interpreter(kind, bits, cut):
-    from runtime.kernels.decode import DecodeKernels, Tiles
+    from runtime.kernels.decode import DecodeKernels
 
-    tiles = {
-        "default": (None, None),
-        "split": (Tiles(4, 16), Tiles(8, 16, splits=3)),
-        "odd": (Tiles(8, 32), Tiles(2, 16)),
-    }[cut]
     low = {"bits": bits, "low_experts": (1, 4, 6)} if bits else {}
     placed = Placed(experts_module(kind, torch.bfloat16), absent=(2,), **low)
     banks = Banks(placed.layout, placed.full, placed.low_layout, placed.low)
-    kernels = DecodeKernels(banks, placed.gating, TOP_K, 4, *tiles)
-    hidden, index, weights = routes(2, torch.bfloat16)
-    for only, accumulate in ((-1, False), (int(placed.table[index[0, 0]]), True)):
+    kernels = DecodeKernels(banks, placed.gating, TOP_K, 6, cut_of(cut))
+    for tokens, accumulate in ((5, False), (2, True)):
+        hidden, index, weights = routes(tokens, torch.bfloat16)
+        only = int(placed.table[index[0, 0]]) if accumulate else -1
         out = torch.ones(hidden.shape)
         kernels.run(hidden, index, weights, placed.table, out, only, accumulate)
         exact = placed.exact(hidden, index, weights, only=only) + accumulate
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("cut", ["default", "split", "dot", "groups"])
+@pytest.mark.parametrize("weights_dtype", [torch.float16, torch.float32], ids=str)
+def test_rounding_kernels_in_the_interpreter(kind, cut, weights_dtype):
+    """float16: the interpreter cuts bfloat16 off instead of rounding, and multiplies its bits."""
+    from runtime.kernels.decode import DecodeKernels
+
+    placed = Placed(experts_module(kind, torch.float16))
+    banks = Banks(placed.layout, placed.full)
+    hidden, index, weights = routes(8, torch.float16, weights_dtype)
+    exact = placed.exact(hidden, index, weights)
+    theirs = moe.batched_mm_experts_forward(placed.module, hidden, index, weights)
+    found = {}
+    for rounds in (False, True):
+        kernels = DecodeKernels(banks, placed.gating, TOP_K, 8, cut_of(cut), rounds=rounds)
+        out = torch.empty_like(hidden)
+        kernels.run(hidden, index, weights, placed.table, out, -1, False)
+        assert largest(out - exact) <= 1.05 * largest(theirs - exact)
+        found[rounds] = same_bits(out, theirs)
+    assert found[True] > 0.98
+    assert found[False] < 0.6
+
+
+@interpreted
+def test_rounding_kernels_raise_low_weights_into_the_dtype():
+    from runtime.kernels.decode import DecodeKernels
+
+    placed = Placed(experts_module("gpt-oss", torch.float16), **LOW)
+    banks = Banks(placed.layout, placed.full, placed.low_layout, placed.low)
+    hidden, index, weights = routes(8, torch.float16)
+    reference = ReferenceExperts(placed.layout, placed.full, placed.module, "batched_mm",
+                                 low_layout=placed.low_layout, low=placed.low)  # fmt: skip
+    reference.begin(hidden, index, weights)
+    reference.add(placed.table[index])
+    theirs = reference.finish()
+    for cut in ("split", "groups"):
+        kernels = DecodeKernels(banks, placed.gating, TOP_K, 8, cut_of(cut), rounds=True)
+        out = torch.empty_like(hidden)
+        kernels.run(hidden, index, weights, placed.table, out, -1, False)
+        assert same_bits(out, theirs) > 0.98
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "group"), [(1, 3, 16), (7, 3, 2), (64, 8, 16), (31, 7, 3)]
+)
+@pytest.mark.parametrize("only", [-1, 5])
+def test_groups_of_pairs_in_the_interpreter(tokens, top_k, group, only):
+    """The groups are told by a plain walk over the pairs."""
+    from runtime.kernels import triton_kernels
+    from runtime.kernels.decode import _most_groups, _power_of_two
+
+    experts, pairs = 9, tokens * top_k
+    draw = torch.Generator().manual_seed(pairs)
+    index = torch.rand(tokens, experts, generator=draw).argsort(dim=1)[:, :top_k].contiguous()
+    table = torch.randperm(experts + 3, generator=draw)[:experts].to(torch.int32)
+    table[4] = -1
+    expected = []
+    for pair, expert in enumerate(index.view(-1).tolist()):
+        slot = int(table[expert])
+        if slot < 0 or only not in (-1, slot):
+            continue
+        room = [g for s, g in expected if s == slot and len(g) < group]
+        if room:
+            room[0].append(pair)
+        else:
+            expected.append((slot, [pair]))
+    items, padded = _most_groups(pairs, experts, group), _power_of_two(pairs)
+    slots = torch.full((items + 1,), 99, dtype=torch.int32)
+    members = torch.full((items, group), 99, dtype=torch.int32)
+    notes = torch.empty(3 * padded, dtype=torch.int32)
+    triton_kernels.prepare_kernel[(1, 1, 1)](
+        index, table, slots, members, notes, pairs, items, only, group, padded, min(16, padded),
+        False,
+    )  # fmt: skip
+    assert len(expected) <= items
+    assert slots.tolist() == [s for s, _ in expected] + [-1] * (items - len(expected)) + [99]
+    for row, (_, mine) in zip(members.tolist(), expected, strict=False):
+        assert row == mine + [-1] * (group - len(mine))
+
+
+def test_groups_take_matrix_instructions():
+    from runtime.kernels.cuts import Cut, Tiles
+
+    with pytest.raises(InputError, match="group is 16 without dot, expected dot in both Tiles"):
+        Cut(Tiles(8, 16, dot=True), Tiles(8, 16), group=16)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_default_cuts_split_inputs_evenly(kind):
+    """Every program of a projection has as much to read as the others, but for the last tile."""
+    from runtime.kernels.cuts import group_cut, pair_cut
+
+    for hidden, intermediate in ((2048, 768), (2880, 2880), (4096, 6400), (32, 24)):
+        placed = Placed(experts_module(kind, torch.bfloat16, hidden, intermediate, experts=1))
+        banks = Banks(placed.layout, placed.full)
+        cuts = [pair_cut(banks, placed.gating, 4, rounds) for rounds in (False, True)]
+        assert not cuts[0].first.dot
+        assert cuts[1].first.dot == placed.layout.transposed
+        for cut in (*cuts, group_cut(banks, placed.gating)):
+            for tiles, inputs in ((cut.first, hidden), (cut.second, intermediate)):
+                rounds = -(-inputs // tiles.block_k)
+                assert rounds % tiles.splits == 0
+                assert tiles.block_n & (tiles.block_n - 1) == 0
+                assert not tiles.dot or tiles.block_k >= 16
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "transposed", "first", "second"),
+    [
+        (4096, 14336, False, (2, 2048, 1), (16, 256, 1)),
+        (2048, 768, False, (2, 2048, 1), (32, 256, 3)),
+        (2048, 1024, False, (2, 2048, 1), (8, 1024, 1)),
+        (2880, 2880, True, (64, 32, 5), (64, 64, 5)),
+    ],
+    ids=["mixtral-8x7b", "qwen3-30b", "olmoe", "gpt-oss-20b"],
+)
+def test_the_cuts_that_were_fastest_on_an_h200(hidden, intermediate, transposed, first, second):
+    """For one token, of those that ``expert_kernels.py --tune`` tries."""
+    from runtime.kernels.cuts import pair_cut
+
+    part = SimpleNamespace(low_layout=None, hidden=hidden, intermediate=intermediate, output=hidden)
+    part.layout, part.full = SimpleNamespace(transposed=transposed), torch.empty(0)
+    top_k = {14336: 2, 2880: 4}.get(intermediate, 8)
+    cut = pair_cut(part, Gating("silu"), top_k, rounds=True)
+    for tiles, expected in ((cut.first, first), (cut.second, second)):
+        assert (tiles.block_n, tiles.block_k, tiles.splits) == expected
+        assert tiles.dot == transposed
 
 
 @interpreted
