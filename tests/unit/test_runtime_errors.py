@@ -208,7 +208,7 @@ OPTIONS = {
     "unknown pool": ({"pool": "both"}, "pool is 'both', expected one of global, layer"),
     "layer pool too small": (
         {"pool": "layer"},
-        "pool is 'layer' with 3 slots, expected at least 6: top_k = 2",
+        "pool layer: 3 slots are fewer than top_k = 2 for each of 3 layers, expected at least 6",
     ),
     "no such training file": ({"train": "none.parquet"}, "none.parquet"),
 }
