@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from runtime.predictor.model import Predictor
@@ -53,7 +53,9 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], facts: A
     """Write *tensors* and *facts* of a *kind* of file; it appears when it is whole."""
     text = json.dumps({"version": VERSION, "kind": kind, **facts}, sort_keys=True)
     with replacing(path) as unfinished:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, unfinished, {KEY: text})
+        # Not save_file: what that writes, nobody but its owner may read.
+        whole = save({k: v.contiguous().cpu() for k, v in tensors.items()}, {KEY: text})
+        unfinished.write_bytes(whole)
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
