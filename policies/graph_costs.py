@@ -11,8 +11,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from policies.base import Service
 from policies.hardware import ANY_FAMILY, HardwareProfile
 from policies.moves import Move
+from policies.planner import Plan
 from traces.model import ModelSpec
 from traces.sizes import Dimensions, dimensions, size_names
 
@@ -78,6 +80,36 @@ def table_changes(moves: Iterable[Move], total: int) -> int:
     An expert that loses its slot and one that gets it; low-precision copies have no entry.
     """
     return sum((0 <= move.victim < total) + (move.copy < total) for move in moves)
+
+
+class UntoldChanges:
+    """Counts the entries of a device's table that have changed since it was told.
+
+    *count* is what the next graph has to be told of, beside what its own event changes.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self.count = 0
+
+    def begin(self, moves: Iterable[Move]) -> None:
+        """*moves* are made before a step's first layer."""
+        self.count += table_changes(moves, self._total)
+
+    def told(self, plan: Plan, experts: int) -> int:
+        """Entries that are told with the graph of an event of *experts* under *plan*.
+
+        What is computed before the graph is hidden from it, and put right later.
+        """
+        demanded = (move for wave in plan.waves for move in wave)
+        # For this event alone they are read from elsewhere.
+        borrowed = sum(s is not Service.CPU for s in (plan.served or {}).values())
+        changes = self.count + table_changes(demanded, self._total) + borrowed
+        self.count = table_changes(plan.prefetch, self._total) + borrowed
+        if plan.whole:
+            return changes
+        self.count += experts
+        return experts
 
 
 class GraphCosts:

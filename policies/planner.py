@@ -62,6 +62,11 @@ class Plan:
         self.served = served
         self.prefetch: Sequence[Move] = ()
 
+    @property
+    def whole(self) -> bool:
+        """Whether the device can compute the demand in one go: one wave, none by the CPU."""
+        return len(self.waves) <= 1 and Service.CPU not in (self.served or {}).values()
+
 
 #: The plan of an event that holds all of its demand and moves nothing.
 NOTHING = Plan()

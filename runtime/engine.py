@@ -107,7 +107,7 @@ class Engine:
     def at_once(self, plan: Plan, late: Sequence[int]) -> None:
         """Let the computing lane wait for the whole demand; the table is ready after this.
 
-        Only for plans of one wave that need no CPU (:meth:`whole`).
+        Only for plans of one wave that need no CPU (``plan.whole``).
         """
         self.table.flush()
         self.watch.split("host")
@@ -119,13 +119,6 @@ class Engine:
             for move in plan.waves[0]:
                 self.copier.wait(move.copy)
             self.watch.split("stall_demand")
-
-    @staticmethod
-    def whole(plan: Plan) -> bool:
-        """Whether an event's demand can be computed in one go on the device."""
-        if len(plan.waves) > 1:
-            return False
-        return not plan.served or Service.CPU not in plan.served.values()
 
     def in_groups(
         self, routing: Routing, plan: Plan, late: Sequence[int], compute: Compute, cpu: OnCpu

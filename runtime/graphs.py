@@ -281,7 +281,7 @@ class Chain:
         engine = self._hook.engine
         routing = self._hook.route(layer, gate.host.read())
         plan, late = engine.decide(routing)
-        if engine.whole(plan):
+        if plan.whole:
             engine.at_once(plan, late)
         else:
             self._apart(layer, gate, routing, plan, late)

@@ -12,6 +12,7 @@ from transformers import StaticCache
 
 from policies.batching import Batches
 from policies.routing import DECODE, Step
+from policies.session import TraceSession
 from runtime.forcing import ForcedRouting
 from runtime.graphs import decode_graphs
 from runtime.hook import Hook
@@ -19,8 +20,6 @@ from runtime.maths import Reference
 from runtime.measuring import RealWorld
 from runtime.offloading import Options
 from runtime.steps import ReplayedSteps
-from traces.model import ModelSpec
-from traces.trace import TokenSequence
 
 
 class Replay:
@@ -32,16 +31,15 @@ class Replay:
     the capture of graphs, is done before the clock starts.
     """
 
-    def __init__(
-        self, model: Any, hook: Hook, spec: ModelSpec, options: Options, batches: Batches
-    ) -> None:
+    def __init__(self, model: Any, hook: Hook, session: TraceSession, options: Options) -> None:
         self._model, self._hook = model, hook
-        hook.steps = ReplayedSteps(spec)
+        hook.steps = ReplayedSteps(session.model)
         self._forced = ForcedRouting(hook.gates, hook.engine.lanes.device)
         self._forced.__enter__()
         self._graphs = decode_graphs(hook, model.forward) if options.graphs else None
         self._device = hook.engine.lanes.device
-        self._sizes, self._longest, self._most = _shapes(batches)
+        self._sizes = _decode_sizes(session.batches())
+        self._longest, self._most = session.shape.cache_tokens, session.shape.prompt_tokens
         self._caches: dict[int, Any] = {}
         self._inputs: dict[int, dict[str, Any]] = {}
         self._random = np.random.default_rng(0)
@@ -172,17 +170,10 @@ class Replay:
             cache.reset()
 
 
-def _shapes(batches: Batches) -> tuple[set[int], int, int]:
-    """Decode batch sizes that occur, the cache length they need, and the longest prefill."""
+def _decode_sizes(batches: Batches) -> set[int]:
+    """How many sequences decode together, every number that occurs."""
     sizes: set[int] = set()
-    longest, most = 1, 0
     for members in batches.members():
         decoded = [len(m) - m.prefill for m in members]
         sizes |= {sum(1 for d in decoded if d >= end) for end in decoded if end}
-        longest = max(longest, max(_length(m) for m in members))
-        most = max(most, sum(m.prefill for m in members))
-    return sizes, longest, most
-
-
-def _length(member: TokenSequence) -> int:
-    return int(member.positions[-1]) + 1
+    return sizes

@@ -107,7 +107,7 @@ class ReplaySession(TraceSession):
         world = RealWorld(engine, prepared.costs, kind, recording, mark_every)
         hook = make_hook(real.model, real.gates, engine, self.options)
         engine.clock = clock
-        replay = Replay(real.model, hook, self.model, self.options, self.batches())
+        replay = Replay(real.model, hook, self, self.options)
         try:
             with no_garbage_collection(), torch.no_grad():
                 replay.run(watch(prepared.steps()), world)

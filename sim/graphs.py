@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import simpy
 
-from policies.base import Service
-from policies.graph_costs import GraphCosts, table_changes
+from policies.graph_costs import GraphCosts, UntoldChanges
 from policies.moves import Move
 from policies.planner import NOTHING, Plan
 from policies.routing import Routing, Step
@@ -30,9 +29,7 @@ class GraphSteps:
     def __init__(self, world: World, graph: GraphCosts) -> None:
         self._world = world
         self._graph = graph
-        self._total = world.planner.context.total
-        #: Entries of the device's table that it has not been told of.
-        self._changes = 0
+        self._untold = UntoldChanges(world.planner.context.total)
 
     def layers(self, step: Step, begun: Sequence[Move]) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap.
@@ -47,7 +44,7 @@ class GraphSteps:
         one = graph.expert_s(1) if step.size == 1 else 0.0
         ideal_s = 0.0
         event = world.events
-        self._changes += table_changes(begun, self._total)
+        self._untold.begin(begun)
         self._launch_first()
         for layer, experts in enumerate(step.demand):
             gate = world.gpu_free_s + attention
@@ -62,7 +59,7 @@ class GraphSteps:
             seconds = None if one else world.seconds(routing, graph.expert_s)
             work = len(experts) * one if seconds is None else sum(seconds.values())
             ideal_s += work
-            if plan is NOTHING and not pending and not self._changes:
+            if plan is NOTHING and not pending and not self._untold.count:
                 start = decide + (quiet_s + access_s * len(experts))
                 world.host_s += start - gate
                 self._compute(start, start, work)
@@ -89,23 +86,15 @@ class GraphSteps:
         some are computed by the CPU, they are computed eagerly and the graph follows.
         """
         world, graph = self._world, self._graph
-        served = plan.served or {}
-        changes = table_changes((move for wave in plan.waves for move in wave), self._total)
-        # For this event alone they are read from elsewhere.
-        borrowed = sum(service is not Service.CPU for service in served.values())
-        changes += self._changes + borrowed
-        self._changes = table_changes(plan.prefetch, self._total) + borrowed
-        if len(plan.waves) > 1 or Service.CPU in served.values():
+        update_s = graph.table_s(self._untold.told(plan, len(routing.experts)))
+        if plan.whole:
+            self._fused(routing, plan, gate, update_s, seconds)
+        else:
             host, now = world.waves(routing, plan, gate, seconds)
             now = world.await_cpu(now)
-            # The table hides what has been computed from the graph, and is put right later.
-            hidden = len(routing.experts)
-            launched = max(host, now) + graph.table_s(hidden) + graph.launch_s
-            self._changes += hidden
+            launched = max(host, now) + update_s + graph.launch_s
             world.host_s += launched - now
             world.host_free_s = world.gpu_free_s = launched
-        else:
-            self._fused(routing, plan, gate, graph.table_s(changes), seconds)
         if plan.prefetch:
             issue = world.costs.copy_issue_s
             world.host_free_s = world.link.prefetch(plan.prefetch, world.host_free_s, issue)

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from policies.base import Service
 from policies.budget import Budget
-from policies.graph_costs import table_changes
+from policies.graph_costs import UntoldChanges
 from policies.registry import POLICIES
 from policies.routing import Routing
 from policies.session import Prepared, Setup, no_garbage_collection
@@ -114,22 +113,16 @@ class _Session(ReplaySession):
 def counts_of(prepared: Prepared) -> Iterator[list[EventCounts]]:
     """What each event of each step does, from a replay of its planner."""
     planner, event = prepared.planner, 0
-    total = planner.context.total
-    waiting = 0
+    untold = UntoldChanges(planner.context.total)
     for step in prepared.steps():
-        waiting += table_changes(planner.begin(step), total)
+        untold.begin(planner.begin(step))
         found = []
         for layer, experts in enumerate(step.demand):
             plan = planner.plan(Routing(step, layer, experts, event))
             event += 1
-            demanded = [move for wave in plan.waves for move in wave]
-            served = plan.served or {}
-            borrowed = sum(service is not Service.CPU for service in served.values())
-            changes = waiting + table_changes(demanded, total) + borrowed
-            waiting = table_changes(plan.prefetch, total) + borrowed
-            apart = len(plan.waves) > 1 or Service.CPU in served.values()
-            prefetch = len(plan.prefetch)
-            found.append(EventCounts(len(experts), len(demanded), prefetch, changes, apart))
+            changes = untold.told(plan, len(experts))
+            demand, prefetch = sum(map(len, plan.waves)), len(plan.prefetch)
+            found.append(EventCounts(len(experts), demand, prefetch, changes, not plan.whole))
         yield found
 
 
