@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from policies.base import Forecast, Prediction
-from policies.routing import Step
+from policies.routing import Routing, Step
 from traces.trace import FloatArray, IntArray
 
 #: Steps of more tokens than this demand nearly every expert: nothing is forecast for them.
@@ -30,6 +30,12 @@ def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float
     return [
         Prediction(ahead, ids, values) for ahead, (ids, values) in enumerate(best, start=1) if ids
     ]
+
+
+def from_layer(path: Forecast, routing: Routing) -> Forecast:
+    """What is left of *path*, made before layer 0, once the layer of *routing* has been routed."""
+    passed = routing.layer + 1
+    return [p._replace(ahead=p.ahead - passed) for p in path if p.ahead > passed]
 
 
 def any_of(chances: FloatArray) -> FloatArray:

@@ -26,7 +26,7 @@ from policies.hardware import (
     Software,
 )
 from policies.planner import Plan, Planner, run_counts
-from policies.registry import POLICIES
+from policies.registry import FORECASTERS, POLICIES
 from policies.routing import Routing
 from policies.testing import EXPERT_BYTES, example_model, example_trace
 from policies.training import learn
@@ -34,6 +34,11 @@ from sim.world import World
 from traces.model import ModelSpec
 from traces.store import open_trace
 from traces.trace import MemoryTrace, TokenSequence, Trace
+
+#: Forecasters that build without a file; routing-path has its contract test beside its file's.
+BUILT_ALONE = [
+    name for name, cls in FORECASTERS.classes().items() if not getattr(cls, "leading", "")
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = {

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from policies.base import Context, Forecast, Forecaster, Prediction
-from policies.forecasting import MAX_TOKENS, any_of, predictions
+from policies.forecasting import MAX_TOKENS, any_of, from_layer, last_rows, predictions
 from policies.registry import parameter, register_forecaster
 from policies.routing import Routing, Step
 from policies.sidecar import FULL, Sidecar, read_sidecar
@@ -84,8 +84,7 @@ class RoutingPath(Forecaster):
         return path
 
     def on_route(self, routing: Routing) -> Forecast:
-        passed = routing.layer + 1
-        return [p._replace(ahead=p.ahead - passed) for p in self._path if p.ahead > passed]
+        return from_layer(self._path, routing)
 
     def _chances(self, rows: IntArray) -> FloatArray:
         """Chance that any of the tokens *rows* takes each expert, [L * E]."""
@@ -97,10 +96,8 @@ class RoutingPath(Forecaster):
 
     def _used_again(self, rows: IntArray, step: Step) -> FloatArray:
         """What the last token of each sequence of *step* says of the tokens after it."""
-        ids = step.sequence_ids
-        assert ids is not None
-        last = rows[np.flatnonzero(np.append(ids[1:] != ids[:-1], True))]
-        chances = self._sidecar.arrays["reuse"][last] / np.float32(FULL)
+        _, last = last_rows(step)
+        chances = self._sidecar.arrays["reuse"][rows[last]] / np.float32(FULL)
         return any_of(chances).reshape(len(self.windows), -1)
 
     def _next_step(self, reuse: FloatArray) -> list[Prediction]:

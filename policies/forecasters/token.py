@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from policies.base import Context, Forecast, Forecaster
-from policies.forecasting import MAX_TOKENS, any_of, predictions
+from policies.forecasting import MAX_TOKENS, any_of, from_layer, predictions
 from policies.registry import parameter, register_forecaster
 from policies.routing import Routing, Step
 from traces.trace import FloatArray
@@ -56,5 +56,4 @@ class Token(Forecaster):
         return chance
 
     def on_route(self, routing: Routing) -> Forecast:
-        passed = routing.layer + 1
-        return [p._replace(ahead=p.ahead - passed) for p in self._path if p.ahead > passed]
+        return from_layer(self._path, routing)

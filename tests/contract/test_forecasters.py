@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from policies.registry import FORECASTERS
 from policies.testing import ForecasterContract
-
-#: Those that build without a file: routing-path has its contract test beside its file's.
-NAMES = [name for name, cls in FORECASTERS.classes().items() if not getattr(cls, "leading", "")]
+from tests.helpers import BUILT_ALONE
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUILT_ALONE)
 class TestForecasters(ForecasterContract):
     @pytest.fixture(autouse=True)
     def choose(self, name: str) -> None:

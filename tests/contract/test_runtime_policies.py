@@ -14,10 +14,11 @@ pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
 from policies.budget import Budget  # noqa: E402
 from policies.decisions import DecisionLog  # noqa: E402
-from policies.registry import FORECASTERS, POLICIES  # noqa: E402
+from policies.registry import POLICIES  # noqa: E402
 from policies.session import Setup  # noqa: E402
 from runtime.session import ReplaySession  # noqa: E402
 from sim.session import Session  # noqa: E402
+from tests.helpers import BUILT_ALONE  # noqa: E402
 from traces.model import ModelSpec  # noqa: E402
 from traces.store import write_trace  # noqa: E402
 from traces.synth import SynthSettings, synthesise  # noqa: E402
@@ -119,10 +120,7 @@ def test_what_the_cases_cover(worlds: dict[tuple[int, str], Worlds]) -> None:
     assert WAVE in decisions
 
 
-@pytest.mark.parametrize(
-    "forecaster",
-    [name for name, cls in FORECASTERS.classes().items() if not getattr(cls, "leading", "")],
-)
+@pytest.mark.parametrize("forecaster", BUILT_ALONE)
 def test_every_forecaster(trace: str, forecaster: str) -> None:
     setup = Setup(trace, batch=2, forecaster=forecaster, train=trace)
     both = Worlds(setup)
