@@ -393,7 +393,7 @@ class Driver:
     ) -> Tensor:
         """The event's output float32 [T, H], by one of the ways in which the runtime does it."""
         engine = self.engine
-        if engine.whole(plan) and self.random.random() < 0.5:
+        if plan.whole and self.random.random() < 0.5:
             engine.at_once(plan, late)
             out = torch.zeros_like(inputs[0])
             self._group(routing, inputs, out, -1)

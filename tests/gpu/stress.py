@@ -101,7 +101,7 @@ class GraphDriver(Driver):
         if graph is None:
             graph = self._graphs[routing.layer, size] = _Captured(self, inputs, table)
         graph.load(inputs)
-        if engine.whole(plan):
+        if plan.whole:
             engine.at_once(plan, late)
             extra = torch.zeros_like(inputs[0])
         else:

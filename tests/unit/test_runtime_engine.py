@@ -157,7 +157,7 @@ def test_skipped_and_cpu():
     run = Run(Scripted({0: Service.SKIP, 1: Service.CPU}), slots=3)
     found = run.event(run.begin(), 0, [0, 1, 2])
     assert found.groups == [{2: 0}, {1: "cpu"}]
-    assert not run.engine.whole(found.plan)
+    assert not found.plan.whole
 
 
 def test_late_prefetches_count_once_and_are_waited_for():
