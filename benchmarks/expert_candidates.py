@@ -101,6 +101,41 @@ def group_candidates(shape: Shape) -> dict[str, list[Tiles]]:
     return {"first": _useful(cuts, shape.hidden), "second": _useful(rows, shape.intermediate)}
 
 
+def low_candidates(shape: Shape, base: Cut) -> dict[str, list[Tiles]]:
+    """Cuts worth trying for low-precision experts: *base* with other tiles for them, and others."""
+    make = _low_dots if base.first.dot else _low_sums
+    return {
+        "first": make(base.first, shape.hidden),
+        "second": make(base.second, shape.intermediate),
+    }
+
+
+def _low_dots(base: Tiles, inputs: int) -> list[Tiles]:
+    """Variants of *base*, whose tiles matrix instructions multiply, over *inputs*."""
+    shapes = [base, replace(base, warps=8), replace(base, block_n=2 * base.block_n)]
+    shapes.append(replace(base, block_n=2 * base.block_n, warps=8))
+    found = [
+        replace(tiles, low_k=low_k, low_stages=low_stages)
+        for tiles in shapes
+        for low_k, low_stages in ((128, 4), (256, 3), (256, 4), (512, 3))
+        if base.splits == 1 or low_k <= base.block_k
+    ]
+    found += [replace(base, low_stages=stages) for stages in (2, 3, 5)]
+    found += [tiles for tiles in (replace(base, splits=2), replace(base, splits=3))
+              if base.splits == 1 and -(-inputs // base.block_k) % tiles.splits == 0]  # fmt: skip
+    return list(dict.fromkeys(found))
+
+
+def _low_sums(base: Tiles, inputs: int) -> list[Tiles]:
+    """Variants of *base*, whose weights are summed one by one, and matrix instructions."""
+    found = [replace(base, low_k=base.block_k // part) for part in (1, 2, 4, 8)]
+    found += [replace(tiles, low_stages=3) for tiles in found[1:3]]
+    found += [replace(base, warps=8), replace(base, block_n=2 * base.block_n)]
+    for rows, stages in ((16, 6), (32, 4), (64, 4)):
+        found += [replace(_dot(rows, 128, stages), low_k=low_k) for low_k in (128, 256)]
+    return _useful(list(dict.fromkeys(found)), inputs)
+
+
 def ordered_cuts(shape: Shape, grouped: Cut) -> list[Cut]:
     """Cuts for one token whose sums go through the inputs in order, as those of *grouped* do."""
     cuts = [

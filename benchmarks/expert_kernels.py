@@ -1,13 +1,14 @@
 """How long a layer's experts take on this GPU, beside transformers' kernels and the memory rate.
 
 PYTHONPATH=. python benchmarks/expert_kernels.py [--model NAME] [--tokens 1,8] [--low 8]
-PYTHONPATH=. python benchmarks/expert_kernels.py --tune [--limit 100] [--json FILE]
+PYTHONPATH=. python benchmarks/expert_kernels.py --tune [--low 8] [--limit 100] [--json FILE]
 
 Every model's layer has its real dimensions, random bfloat16 weights and random routing. Weights
 of successive calls differ (several layers in one bank), so that none are found in the GPU's
 cache. `fused` is what the runtime calls: `pairs` for one token (an expert is read for every token
 that uses it), `groups` for some (read once), `sorted` for many. `--tune` tries other cuts of the
-first two (expert_tuning.py).
+first two (expert_tuning.py). With `--low` there are low-precision copies of all experts too, and
+each call is timed twice: with all experts in full precision, and with all in low.
 Times are medians of CUDA graph replays (`graph`) and of eager calls timed by CUDA events
 (`eager`), in microseconds per layer; `host` is what one call costs the host. The rate counts
 every demanded expert's bytes once, and is a share of the device's copy rate, measured first.
@@ -78,11 +79,14 @@ class Bench:
         self.full.view(torch.bfloat16).normal_(std=0.02)
         self.low_layout = LowLayout(self.layout, low_bits) if low_bits else None
         self.low = self._lower()
-        first = slots if low_bits else 0
-        self.tables = [
-            torch.arange(shape.experts, dtype=torch.int32, device="cuda") + first + start
+        self.full_tables = [
+            torch.arange(shape.experts, dtype=torch.int32, device="cuda") + start
             for start in range(0, slots, shape.experts)
         ]
+        #: Every layer's experts in low precision, if there is such a bank.
+        self.tables = (
+            [table + slots for table in self.full_tables] if low_bits else self.full_tables
+        )
         self.fused = FusedExperts(
             self.layout,
             self.full,
@@ -112,17 +116,18 @@ class Bench:
         weights, index = scores.topk(shape.top_k, dim=1)
         return hidden, index, weights.to(hidden.dtype)
 
-    def demand_bytes(self, index: Tensor) -> int:
-        """Bytes of the distinct experts in *index*."""
-        low = self.low_layout
+    def demand_bytes(self, index: Tensor, full: bool = False) -> int:
+        """Bytes of the distinct experts in *index*: low precision if there is, unless *full*."""
+        low = None if full else self.low_layout
         size = self.layout.size_bytes if low is None else low.size_bytes
         return len(torch.unique(index)) * size
 
-    def calls(self, tokens: int) -> dict[str, Callable[[int], object]]:
-        """What is timed, by name; each takes the layer's number."""
+    def calls(self, tokens: int, full: bool = False) -> dict[str, Callable[[int], object]]:
+        """What is timed, by name; each takes the layer's number. *full* as above."""
         hidden, index, weights = self.routes(tokens)
         out = torch.empty_like(hidden)
-        banks, gating, tables = self.fused.banks, self.gating, self.tables
+        banks, gating = self.fused.banks, self.gating
+        tables = self.full_tables if full else self.tables
 
         def prefill(layer: int) -> None:
             call = Call(hidden, index, weights, tables[layer], out)
@@ -245,19 +250,27 @@ def copy_rate() -> float:
 
 def table(names: list[str], tokens: list[int], low_bits: int, rate: float) -> None:
     """Print the table."""
-    print("| model | tokens | kernel | graph us | rate | eager us | host us |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | tokens | experts | kernel | graph us | GB/s | rate | eager us | host us |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
         bench = Bench(MODELS[name], low_bits)
         for count in tokens:
-            needed_us = bench.demand_bytes(bench.routes(count)[1]) / rate * 1e6
-            for kernel, call in bench.calls(count).items():
-                graph, eager, host = layer_us(call, bench.layers)
-                share = f"{needed_us / graph:.0%}" if graph == graph else "-"
-                print(f"| {name} | {count} | {kernel} | {graph:.1f} | {share} "
-                      f"| {eager:.1f} | {host:.1f} |", flush=True)  # fmt: skip
+            for full in (True, False) if low_bits else (True,):
+                _lines(f"| {name} | {count} | {'full' if full else f'int{low_bits}'}",
+                       bench, count, full, rate)  # fmt: skip
         del bench
         torch.cuda.empty_cache()
+
+
+def _lines(begin: str, bench: Bench, tokens: int, full: bool, rate: float) -> None:
+    """Print the table's lines for one number of *tokens*, all of which *begin* alike."""
+    needed = bench.demand_bytes(bench.routes(tokens)[1], full)
+    for kernel, call in bench.calls(tokens, full).items():
+        graph, eager, host = layer_us(call, bench.layers)
+        per_s = needed / graph * 1e6
+        shares = f"{per_s / 1e9:.0f} | {per_s / rate:.0%}" if graph == graph else "- | -"
+        print(f"{begin} | {kernel} | {graph:.1f} | {shares} | {eager:.1f} | {host:.1f} |",
+              flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -265,7 +278,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", choices=MODELS, help="all if not given")
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64", help="tokens per call, by comma")
-    parser.add_argument("--low", type=int, default=0, choices=(0, 4, 8), help="bits of all slots")
+    parser.add_argument(
+        "--low", type=int, default=0, choices=(0, 4, 8), help="bits of copies, timed too"
+    )
     parser.add_argument("--tune", action="store_true", help="try other cuts of the work")
     parser.add_argument("--limit", type=float, default=100.0, help="seconds that --tune may take")
     parser.add_argument("--json", type=Path, help="file for what --tune finds")

@@ -6,6 +6,8 @@ then the best of both together (`best` for one number of tokens, `common` for al
 the default with its overlap of launches changed, `larger` the best with larger groups; for one
 token, `in order` has matrix instructions sum up all inputs one after the other, as transformers'
 kernels do. A cut that cannot be compiled or launched is told and passed by.
+With a low-precision bank all experts are read from that, and cuts differ in how it is read; `full`
+is the time of the default and the best cut with all experts in full precision, beside that bank.
 Every line is printed as it is found; the file of ``--json`` is written anew after each model:
 
 ``{"device", "bytes_per_s", "rows": [{"model", "tokens", "way", "trial", "cut", "us", "share",
@@ -32,7 +34,12 @@ import torch
 from torch import Tensor
 from transformers.integrations import moe
 
-from benchmarks.expert_candidates import group_candidates, ordered_cuts, pair_candidates
+from benchmarks.expert_candidates import (
+    group_candidates,
+    low_candidates,
+    ordered_cuts,
+    pair_candidates,
+)
 from benchmarks.expert_kernels import Bench, event_us
 from runtime.kernels.cpu import run_plain
 from runtime.kernels.cuts import Cut, Tiles, group_cut, pair_cut
@@ -95,16 +102,18 @@ class Tuner:
         model_end_s = begin_s + (self._end_s - begin_s) / len(left)
         banks, gating, top_k = bench.fused.banks, bench.gating, bench.shape.top_k
         ways = (
-            ("pairs", pair_cut(banks, gating, top_k, True), pair_candidates(bench.shape), [1]),
-            ("groups", group_cut(banks, gating), group_candidates(bench.shape), self._tokens),
+            ("pairs", pair_cut(banks, gating, top_k, True), pair_candidates, [1]),
+            ("groups", group_cut(banks, gating), group_candidates, self._tokens),
         )
-        for way, base, candidates, tokens in ways:
+        for way, base, make, tokens in ways:
+            shape = bench.shape
+            candidates = make(shape) if bench.low is None else low_candidates(shape, base)
             some = [
                 count for count in tokens if count in self._tokens and (way, count) != ("groups", 1)
             ]
             if some:
                 _Search(self, name, bench, way, model_end_s).run(base, candidates, some)
-        for count in self._tokens:
+        for count in self._tokens if bench.low is None else ():
             self._others(name, bench, count)
         self._save()
         torch.cuda.empty_cache()
@@ -115,9 +124,11 @@ class Tuner:
         self.rows.append(row)
         print(row, flush=True)
 
-    def timed(self, bench: Bench, row: Row, call: Callable[[int], object]) -> Row:
-        """*row* with the time of *call*, or why there is none."""
-        needed_s = bench.demand_bytes(bench.routes(row.tokens)[1]) / self._rate
+    def timed(
+        self, bench: Bench, row: Row, call: Callable[[int], object], full: bool = False
+    ) -> Row:
+        """*row* with the time of *call*, of *full* precision or not, or why there is none."""
+        needed_s = bench.demand_bytes(bench.routes(row.tokens)[1], full) / self._rate
         try:
             row.us = graph_us(call, bench.layers)
             row.share = needed_s * 1e6 / row.us
@@ -181,7 +192,7 @@ class _Search:
 
     def run(self, base: Cut, candidates: dict[str, list[Tiles]], tokens: list[int]) -> None:
         """Try *candidates* of each projection in *base*, and the best together."""
-        other = replace(base, overlap=not base.overlap)
+        default, other = base, replace(base, overlap=not base.overlap)
         self._compile([base, other], tokens)
         for count in tokens:
             self._try(base, count, "default", judged=True)
@@ -202,6 +213,8 @@ class _Search:
             self._try(best, count, "best", judged=True)
             if common != best:
                 self._try(common, count, "common")
+            for cut in dict.fromkeys((default, best)) if self._bench.low is not None else ():
+                self._try_full(cut, count)
             if 0 < best.group < count:
                 self._try(replace(best, group=2 * best.group), count, "larger")
 
@@ -240,6 +253,13 @@ class _Search:
         took_s = time.monotonic() - begin_s
         print(f"{self._name} {self._way}: {len(cuts)} cuts compiled in {took_s:.1f} s", flush=True)
 
+    def _try_full(self, cut: Cut, tokens: int) -> None:
+        """Time *cut* with all experts in full precision."""
+        bench, row = self._bench, Row(self._name, tokens, self._way, "full", cut)
+        if (cut, tokens) in self._us:
+            call = _caller(bench, self._kernels(cut, tokens), tokens, full=True)
+            self._tuner.add(self._tuner.timed(bench, row, call, full=True))
+
     def _try(self, cut: Cut, tokens: int, trial: str, judged: bool = False) -> None:
         """Time *cut* unless the time is over or it is known; with *judged* its error too."""
         if time.monotonic() > self._end_s and trial not in ("default", "best"):
@@ -258,13 +278,16 @@ class _Search:
         self._tuner.add(row)
 
 
-def _caller(bench: Bench, kernels: DecodeKernels, tokens: int) -> Callable[[int], None]:
-    """A call of *kernels* for a layer."""
+def _caller(
+    bench: Bench, kernels: DecodeKernels, tokens: int, full: bool = False
+) -> Callable[[int], None]:
+    """A call of *kernels* for a layer; for its *full* precision also where there is a low one."""
     hidden, index, weights = bench.routes(tokens)
     out = torch.empty_like(hidden)
+    tables = bench.full_tables if full else bench.tables
 
     def call(layer: int) -> None:
-        kernels.run(hidden, index, weights, bench.tables[layer], out, -1, False)
+        kernels.run(hidden, index, weights, tables[layer], out, -1, False)
 
     return call
 
@@ -320,7 +343,8 @@ def _short(cut: Cut) -> str:
 
     def tiles(cut: Tiles) -> str:
         how = "dot" if cut.dot else "sum"
-        return f"{how} {cut.block_n}x{cut.block_k} w{cut.warps} /{cut.splits} s{cut.stages}"
+        low = f" low k{cut.low_k} s{cut.low_stages}" if cut.low_k or cut.low_stages else ""
+        return f"{how} {cut.block_n}x{cut.block_k} w{cut.warps} /{cut.splits} s{cut.stages}{low}"
 
     group = f" by {cut.group}" if cut.group else ""
     return f"[{tiles(cut.first)}] [{tiles(cut.second)}]{group}{' overlap' if cut.overlap else ''}"

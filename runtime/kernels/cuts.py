@@ -9,6 +9,7 @@ import torch
 from runtime.kernels.banks import Banks
 from runtime.kernels.gating import Gating
 from traces.errors import InputError
+from traces.model import QUANT_GROUP
 
 #: Programs that a projection is split into at least, when its outputs alone give fewer: about
 #: six for each of an H200's 132 multiprocessors.
@@ -24,6 +25,20 @@ LEAST_COLUMNS = 16
 #: Inputs of a matrix instruction at least.
 LEAST_INPUTS = 16
 
+#: Inputs of a matrix instruction's tile of low-precision weights: with four scales or so in a
+#: row these are copied ahead like the weights themselves, which takes 4 bytes at least.
+LOW_INPUTS = 256
+
+#: Weights in a program's tile of 128 threads, where they are summed element by element: 64
+#: bfloat16 a thread, in eight loads of 16 bytes, keep the memory busy within 128 registers.
+SUMMED = 8192
+
+#: The same of low-precision weights, which take twice the registers while they are raised.
+LOW_SUMMED = 4096
+
+#: Low-precision weights along memory that a tile read by runs of bytes has at least.
+LEAST_RUN = 16
+
 #: From so many inputs on a second projection's tiles pass through shared memory: its programs
 #: have enough rounds for several tiles to be under way.
 STAGED_INPUTS = 4096
@@ -35,7 +50,9 @@ class Tiles:
 
     *splits* divides the inputs over several programs. With *dot*, matrix instructions multiply
     tiles, *stages* of which are under way at a time; without it each weight is multiplied by
-    one input, and *stages* above 1 let tiles pass through shared memory.
+    one input, and *stages* above 1 let tiles pass through shared memory. *low_k* inputs of
+    low-precision weights make a tile, and *low_stages* of those are under way; 0 is as of
+    others.
     """
 
     block_n: int
@@ -44,6 +61,19 @@ class Tiles:
     splits: int = 1
     dot: bool = False
     stages: int = 1
+    low_k: int = 0
+    low_stages: int = 0
+
+    def split_inputs(self, inputs: int) -> int:
+        """Of *inputs*, those of one of the splits, in whole tiles."""
+        return -(-inputs // (self.splits * self.block_k)) * self.block_k
+
+    def low_inputs(self, inputs: int) -> int:
+        """Inputs of a tile of low-precision weights: *low_k*, but no tile crosses a split's end."""
+        block, split = self.low_k or self.block_k, self.split_inputs(inputs)
+        while self.splits > 1 and split % block:
+            block //= 2
+        return block
 
 
 @dataclass(frozen=True)
@@ -81,20 +111,48 @@ def pair_cut(banks: Banks, gating: Gating, top_k: int, rounds: bool) -> Cut:
         first, second = make(banks, gating, top_k)
     else:
         first, second = _pair_first(banks, gating), _pair_second(banks, top_k)
+    halves = 2 if gating.gated else 1
+    first = _low(first, halves, banks.hidden)
+    second = _low(second, 1, banks.intermediate)
     return Cut(first, second, overlap=_overlaps(banks))
 
 
 def group_cut(banks: Banks, gating: Gating) -> Cut:
     """The cut for several tokens: by experts, with matrix instructions."""
     rows = 64
-    first = Tiles(
-        block_n=rows // 2 if gating.gated else rows,
-        block_k=_dot_inputs(banks.hidden, 128),
-        dot=True,
-        stages=4,
-    )
+    halves = 2 if gating.gated else 1
+    first = Tiles(rows // halves, _dot_inputs(banks.hidden, 128), dot=True, stages=4)
     second = Tiles(rows, _dot_inputs(banks.intermediate, 128), dot=True, stages=4)
+    if not banks.layout.transposed:
+        first = replace(first, low_k=_dot_inputs(banks.hidden, LOW_INPUTS))
+        second = replace(second, low_k=_dot_inputs(banks.intermediate, LOW_INPUTS))
     return Cut(first, second, group=GROUP_TOKENS, overlap=_overlaps(banks))
+
+
+def low_reading(banks: Banks, matrix: str, tiles: Tiles, halves: int) -> tuple[bool, int, int]:
+    """How low slots' *matrix* is read: by runs of bytes or not, inputs of a tile, tiles under way.
+
+    A program takes *halves* times the outputs of *tiles*: 2 where a gate belongs to each. Runs
+    want whole groups of weights with a scale in every row.
+    """
+    part, transposed = banks.layout.part(matrix), banks.layout.transposed
+    block_k = tiles.low_inputs(part.shape[0 if transposed else 1])
+    run = tiles.block_n * halves if transposed else block_k
+    # Of a transposed matrix, gates and ups that do not alternate are two runs of columns.
+    whole = not transposed or halves == 1 or banks.layout.interleaved
+    sizes = (part.shape[1], part.first, banks.layout.params)
+    groups = all(size % QUANT_GROUP == 0 for size in sizes)
+    return whole and groups and run >= LEAST_RUN, block_k, tiles.low_stages or tiles.stages
+
+
+def _low(tiles: Tiles, halves: int, inputs: int) -> Tiles:
+    """*tiles*, of *halves* times as many rows, with fewer low-precision weights where summed.
+
+    Sums of one round over *inputs* are not kept for another, and leave registers enough.
+    """
+    if tiles.dot or tiles.split_inputs(inputs) <= tiles.block_k:
+        return tiles
+    return replace(tiles, low_k=min(tiles.block_k, max(16, LOW_SUMMED // tiles.block_n // halves)))
 
 
 def _pair_dots(banks: Banks, gating: Gating, top_k: int) -> tuple[Tiles, Tiles]:
@@ -110,7 +168,7 @@ def _pair_dots(banks: Banks, gating: Gating, top_k: int) -> tuple[Tiles, Tiles]:
 
 def _pair_columns(banks: Banks, gating: Gating, top_k: int) -> tuple[Tiles, Tiles]:
     """Tiles of both projections for one pair, transposed, summed element by element."""
-    rows, block_k = 128 // (2 if gating.gated else 1), _tile(banks) // 128
+    rows, block_k = 128 // (2 if gating.gated else 1), SUMMED // 128
     return (
         _split(Tiles(rows, block_k), top_k, banks.intermediate, banks.hidden),
         _split(Tiles(128, block_k), top_k, banks.output, banks.intermediate),
@@ -119,19 +177,16 @@ def _pair_columns(banks: Banks, gating: Gating, top_k: int) -> tuple[Tiles, Tile
 
 def _pair_first(banks: Banks, gating: Gating) -> Tiles:
     """Tiles of the first projection for one pair."""
-    weights = _tile(banks)
-    # Where weights may have to be raised, shorter rows take a quarter fewer registers.
-    block_k = _within(banks.hidden, weights // (4 if banks.low_layout is None else 8))
-    return Tiles(max(1, weights // block_k // (2 if gating.gated else 1)), block_k)
+    block_k = _within(banks.hidden, SUMMED // 4)
+    return Tiles(max(1, SUMMED // block_k // (2 if gating.gated else 1)), block_k)
 
 
 def _pair_second(banks: Banks, top_k: int) -> Tiles:
     """Tiles of the second projection for one pair."""
-    if banks.intermediate >= STAGED_INPUTS and banks.low_layout is None:
+    if banks.intermediate >= STAGED_INPUTS:
         return Tiles(16, _within(banks.intermediate, 256), stages=3)
-    weights = _tile(banks)
-    block_k = _within(banks.intermediate, weights // 8)
-    tiles = Tiles(block_n=max(1, weights // block_k), block_k=block_k)
+    block_k = _within(banks.intermediate, SUMMED // 8)
+    tiles = Tiles(block_n=max(1, SUMMED // block_k), block_k=block_k)
     return _split(tiles, top_k, banks.output, banks.intermediate)
 
 
@@ -142,15 +197,6 @@ def _split(tiles: Tiles, top_k: int, outputs: int, inputs: int) -> Tiles:
     enough = min(-(-PROGRAMS // blocks), rounds)
     even = next(splits for splits in range(enough, rounds + 1) if rounds % splits == 0)
     return replace(tiles, splits=even)
-
-
-def _tile(banks: Banks) -> int:
-    """Weights in a program's tile of 128 threads.
-
-    64 bfloat16 a thread, in eight loads of 16 bytes, keep the memory busy within 128
-    registers. Raising low-precision weights takes twice the registers for each.
-    """
-    return 8192 if banks.low_layout is None else 4096
 
 
 def _dot_inputs(size: int, most: int) -> int:

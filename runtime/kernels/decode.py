@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.kernels import triton_kernels
 from runtime.kernels.banks import Banks
-from runtime.kernels.cuts import Cut, Tiles, group_cut, pair_cut
+from runtime.kernels.cuts import Cut, Tiles, group_cut, low_reading, pair_cut
 from runtime.kernels.gating import Gating
 from traces.errors import InputError
 
@@ -214,6 +214,7 @@ class DecodeKernels:
             gating.gated, gating.interleaved, gating.activation, gating.alpha, gating.limit,
             *_bank_constants(banks, banks.first),
             *_cut_constants(cut, cut.first, banks.hidden, rounds),
+            *low_reading(banks, banks.first, cut.first, 2 if gating.gated else 1),
         )  # fmt: skip
 
     def _second_constants(self, rounds: bool, accumulate: bool) -> Constants:
@@ -225,6 +226,7 @@ class DecodeKernels:
             # Of groups another kernel writes the sums.
             banks.layout.transposed, first, *rest, accumulate and not cut.group,
             *_cut_constants(cut, cut.second, banks.intermediate, rounds),
+            *low_reading(banks, "down_proj", cut.second, 1),
         )  # fmt: skip
 
     def _sum_constants(self) -> Constants:
@@ -234,12 +236,10 @@ class DecodeKernels:
 
 
 def _cut_constants(cut: Cut, tiles: Tiles, inputs: int, rounds: bool) -> Constants:
-    """What the constants of both projections end with."""
-    split = -(-inputs // tiles.splits)
-    split = -(-split // tiles.block_k) * tiles.block_k
+    """What the constants of both projections have after those of the bank."""
     return (
         rounds, cut.overlap, cut.group, cut.columns(tiles), tiles.dot, tiles.stages, tiles.splits,
-        split, tiles.block_n, tiles.block_k,
+        tiles.split_inputs(inputs), tiles.block_n, tiles.block_k,
     )  # fmt: skip
 
 

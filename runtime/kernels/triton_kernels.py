@@ -120,7 +120,8 @@ def first_kernel(
     BITS: tl.constexpr, LOW_STRIDE: tl.constexpr, SCALES: tl.constexpr,
     ROUND: tl.constexpr, OVERLAP: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BYTES: tl.constexpr, LOW_K: tl.constexpr,
+    LOW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """inner [pairs, INNER] = activation(first projection); grid (items, blocks, SPLITS).
 
@@ -147,8 +148,9 @@ def first_kernel(
         here = pairs >= 0
         y = product(
             hidden, tl.program_id(0) // TOP_K, pairs // TOP_K, here, full, low, slot, full_slots,
-            row, row_mask, split * SPLIT, DTYPE, ROUND, DOT, ROWS, M, BLOCK_K, SPLIT, STAGES,
-            IN, OUT, TRANSPOSED, FIRST, STRIDE, BITS, LOW_STRIDE, SCALES,
+            row, row_mask, n0 * (ROWS // BLOCK_N), split * SPLIT, DTYPE, ROUND, DOT, ROWS, M,
+            BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, STRIDE, BITS, LOW_STRIDE, SCALES,
+            BYTES, LOW_K, LOW_STAGES,
         )  # fmt: skip
         n = n0 + tl.arange(0, BLOCK_N)
         to = inner + pairs[None, :] * INNER + n[:, None]
@@ -219,6 +221,7 @@ def second_kernel(
     ACCUMULATE: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
     CHUNK: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BYTES: tl.constexpr, LOW_K: tl.constexpr, LOW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial float32 [pairs, SPLITS, OUT] = second projection; grid (items, blocks, SPLITS).
 
@@ -232,13 +235,14 @@ def second_kernel(
     # What the kernel before did not write can be read before it ends.
     slot, pairs = item_of(index, table, slots, members, only, CHUNK > 0, CHUNK, M)
     _await(OVERLAP)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = tl.program_id(1) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     if slot >= 0:
         here = pairs >= 0
         y = product(
-            inner, item, pairs, here, full, low, slot, full_slots, n, n < OUT, split * SPLIT,
+            inner, item, pairs, here, full, low, slot, full_slots, n, n < OUT, n0, split * SPLIT,
             DTYPE, ROUND, DOT, BLOCK_N, M, BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST,
-            STRIDE, BITS, LOW_STRIDE, SCALES,
+            STRIDE, BITS, LOW_STRIDE, SCALES, BYTES, LOW_K, LOW_STAGES,
         )  # fmt: skip
         tl.store(
             partial + (pairs * SPLITS + split)[None, :] * OUT + n[:, None], y,

@@ -9,10 +9,8 @@ for transposed ones. Sums are float32, in an order that never changes.
 import triton
 import triton.language as tl
 
+from runtime.kernels.triton_low import by_bytes, gathered
 from runtime.kernels.triton_maths import rounded
-
-#: Weights per float16 scale (:data:`traces.model.QUANT_GROUP`).
-GROUP = tl.constexpr(64)
 
 
 @triton.jit
@@ -51,28 +49,6 @@ def full_tile(full, slot, place, mask, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def low_tile(
-    low, slot, place, mask, BITS: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr
-):
-    """Low-precision weights at *place* (elements) of low row *slot*, float32.
-
-    STRIDE is bytes per row, SCALES the byte at which its scales begin.
-    """
-    base = low + slot * STRIDE
-    if BITS == 8:
-        steps = tl.load(base + place, mask=mask, other=0).to(tl.int8, bitcast=True)
-        steps = steps.to(tl.float32)
-    else:
-        byte = tl.load(base + place // 2, mask=mask, other=0).to(tl.int32)
-        nibble = (byte >> ((place % 2) * 4).to(tl.int32)) & 15
-        # Two's complement of four bits.
-        steps = ((nibble ^ 8) - 8).to(tl.float32)
-    scales = (base + SCALES).to(tl.pointer_type(tl.float16), bitcast=True)
-    scale = tl.load(scales + place // GROUP, mask=mask, other=0.0)
-    return steps * scale.to(tl.float32)
-
-
-@triton.jit
 def biases(
     full, low, slot, full_slots, place, mask, DTYPE: tl.constexpr, ROUND: tl.constexpr,
     STRIDE: tl.constexpr, BITS: tl.constexpr, LOW_STRIDE: tl.constexpr, SCALES: tl.constexpr,
@@ -81,69 +57,104 @@ def biases(
     bias = full_tile(full, slot, place, mask & (slot < full_slots), STRIDE).to(tl.float32)
     if BITS > 0:
         low_mask = mask & (slot >= full_slots)
-        raised = low_tile(low, slot - full_slots, place, low_mask, BITS, LOW_STRIDE, SCALES)
+        raised = gathered(low, slot - full_slots, place, low_mask, BITS, LOW_STRIDE, SCALES)
         bias += rounded(raised, DTYPE, ROUND)
     return bias
 
 
 @triton.jit
 def _tile(
-    bank, slot, outer, inner, mask, DTYPE: tl.constexpr, ROUND: tl.constexpr,
-    WIDTH: tl.constexpr, FIRST: tl.constexpr,
-    BITS: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr,
+    bank, slot, outer, outer_mask, inner, inner_mask, begin,
+    DTYPE: tl.constexpr, ROUND: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    BITS: tl.constexpr, BYTES: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     """Weights at rows *outer* and columns *inner* of a matrix WIDTH wide.
 
-    In DTYPE if nothing is lost by it or ROUND, else float32.
+    In DTYPE if nothing is lost by it or ROUND, else float32; what BYTES raise is float32 also if
+    WIDE. With BYTES, *inner* is whatever follows *begin*, as :func:`by_bytes` wants it.
     """
-    place = FIRST + outer[:, None] * WIDTH + inner[None, :]
-    if BITS == 0:
-        return full_tile(bank, slot, place, mask, STRIDE)
+    RAISED: tl.constexpr = DTYPE if ROUND else tl.float32
+    if BITS > 0 and BYTES:
+        return by_bytes(
+            bank, slot, outer, outer_mask, begin, RAISED, WIDE, inner.shape[0], WIDTH, FIRST,
+            BITS, STRIDE, SCALES,
+        )  # fmt: skip
     else:
-        raised = low_tile(bank, slot, place, mask, BITS, STRIDE, SCALES)
-        if ROUND:
-            return raised.to(DTYPE)
+        place = FIRST + outer[:, None] * WIDTH + inner[None, :]
+        mask = outer_mask[:, None] & inner_mask[None, :]
+        if BITS == 0:
+            return full_tile(bank, slot, place, mask, STRIDE)
         else:
-            return raised
+            return gathered(bank, slot, place, mask, BITS, STRIDE, SCALES).to(RAISED)
+
+
+@triton.jit
+def _tile_at(
+    bank, slot, row, row_mask, row_begin, k, k_begin,
+    DTYPE: tl.constexpr, ROUND: tl.constexpr, WIDE: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST: tl.constexpr,
+    BITS: tl.constexpr, BYTES: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """:func:`_tile` of outputs *row* and inputs *k*: [k, row] if TRANSPOSED, else [row, k]."""
+    if TRANSPOSED:
+        return _tile(bank, slot, k, k < IN, row, row_mask, row_begin, DTYPE, ROUND, WIDE, OUT,
+                     FIRST, BITS, BYTES, STRIDE, SCALES)  # fmt: skip
+    else:
+        return _tile(bank, slot, row, row_mask, k, k < IN, k_begin, DTYPE, ROUND, WIDE, IN,
+                     FIRST, BITS, BYTES, STRIDE, SCALES)  # fmt: skip
 
 
 @triton.jit
 def _by_dot(
-    inputs, rows, here, bank, slot, row, row_mask, begin, DTYPE: tl.constexpr, ROUND: tl.constexpr,
+    inputs, rows, here, bank, slot, row, row_mask, row_begin, begin,
+    DTYPE: tl.constexpr, ROUND: tl.constexpr,
     ROWS: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    FIRST: tl.constexpr, BITS: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr,
+    FIRST: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, STRIDE: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     """:func:`product` by matrix instructions; in float32 unless ROUND."""
-    acc = tl.zeros([ROWS, M], tl.float32)
+    # The matrix instructions that take raised weights from the registers in which they come
+    # are those of small products, and take them as the second factor.
+    SWAPPED: tl.constexpr = BITS > 0 and BYTES and ROUND
+    acc = tl.zeros([M, ROWS] if SWAPPED else [ROWS, M], tl.float32)
     for step in tl.range(0, SPLIT, BLOCK_K, num_stages=STAGES):
         k = begin + step + tl.arange(0, BLOCK_K)
         k_mask = k < IN
-        if TRANSPOSED:
-            mask = k_mask[:, None] & row_mask[None, :]
-            tile = _tile(bank, slot, k, row, mask, DTYPE, ROUND, OUT, FIRST, BITS, STRIDE, SCALES)
-            tile = tl.trans(tile)
-        else:
-            mask = row_mask[:, None] & k_mask[None, :]
-            tile = _tile(bank, slot, row, k, mask, DTYPE, ROUND, IN, FIRST, BITS, STRIDE, SCALES)
-        value = tl.load(
-            inputs + rows[None, :] * IN + k[:, None],
-            mask=k_mask[:, None] & here[None, :], other=0.0,
+        tile = _tile_at(
+            bank, slot, row, row_mask, row_begin, k, begin + step, DTYPE, ROUND, False, IN,
+            OUT, TRANSPOSED, FIRST, BITS, BYTES, STRIDE, SCALES,
         )  # fmt: skip
-        if ROUND:
-            acc = tl.dot(tile, value, acc)
+        if SWAPPED:
+            value = tl.load(
+                inputs + rows[:, None] * IN + k[None, :],
+                mask=here[:, None] & k_mask[None, :], other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(value, tile if TRANSPOSED else tl.trans(tile), acc)
         else:
-            value = value.to(tl.float32)
-            acc = tl.dot(tile.to(tl.float32), value, acc, input_precision="ieee")
-    return acc
+            value = tl.load(
+                inputs + rows[None, :] * IN + k[:, None],
+                mask=k_mask[:, None] & here[None, :], other=0.0,
+            )  # fmt: skip
+            if TRANSPOSED:
+                tile = tl.trans(tile)
+            if ROUND:
+                acc = tl.dot(tile, value, acc)
+            else:
+                value = value.to(tl.float32)
+                acc = tl.dot(tile.to(tl.float32), value, acc, input_precision="ieee")
+    return tl.trans(acc) if SWAPPED else acc
 
 
 @triton.jit
 def _by_sums(
-    inputs, input_row, bank, slot, row, row_mask, begin, DTYPE: tl.constexpr, ROUND: tl.constexpr,
+    inputs, input_row, bank, slot, row, row_mask, row_begin, begin,
+    DTYPE: tl.constexpr, ROUND: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    FIRST: tl.constexpr, BITS: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr,
+    FIRST: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, STRIDE: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     """:func:`product` of one row of inputs: summed per element of the tile, reduced at the end."""
     if TRANSPOSED:
@@ -152,69 +163,70 @@ def _by_sums(
         acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for step in tl.range(0, SPLIT, BLOCK_K, num_stages=STAGES):
         k = begin + step + tl.arange(0, BLOCK_K)
-        k_mask = k < IN
-        value = tl.load(inputs + input_row * IN + k, mask=k_mask, other=0.0).to(tl.float32)
-        if TRANSPOSED:
-            mask = k_mask[:, None] & row_mask[None, :]
-            tile = _tile(bank, slot, k, row, mask, DTYPE, ROUND, OUT, FIRST, BITS, STRIDE, SCALES)
-            value = value[:, None]
-        else:
-            mask = row_mask[:, None] & k_mask[None, :]
-            tile = _tile(bank, slot, row, k, mask, DTYPE, ROUND, IN, FIRST, BITS, STRIDE, SCALES)
-            value = value[None, :]
-        acc += tile.to(tl.float32) * value
+        value = tl.load(inputs + input_row * IN + k, mask=k < IN, other=0.0).to(tl.float32)
+        tile = _tile_at(
+            bank, slot, row, row_mask, row_begin, k, begin + step, DTYPE, ROUND, True, IN,
+            OUT, TRANSPOSED, FIRST, BITS, BYTES, STRIDE, SCALES,
+        )  # fmt: skip
+        acc += tile.to(tl.float32) * (value[:, None] if TRANSPOSED else value[None, :])
     return tl.sum(acc, axis=0 if TRANSPOSED else 1)[:, None]
 
 
 @triton.jit
 def _by_either(
-    inputs, input_row, rows, here, bank, slot, row, row_mask, begin,
+    inputs, input_row, rows, here, bank, slot, row, row_mask, row_begin, begin,
     DTYPE: tl.constexpr, ROUND: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    FIRST: tl.constexpr, BITS: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr,
+    FIRST: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr, STRIDE: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     """:func:`product` for a slot of one bank."""
     if DOT:
         return _by_dot(
-            inputs, rows, here, bank, slot, row, row_mask, begin, DTYPE, ROUND, ROWS, M, BLOCK_K,
-            SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, BITS, STRIDE, SCALES,
+            inputs, rows, here, bank, slot, row, row_mask, row_begin, begin, DTYPE, ROUND, ROWS,
+            M, BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, BITS, BYTES, STRIDE, SCALES,
         )  # fmt: skip
     else:
         tl.static_assert(M == 1)
         return _by_sums(
-            inputs, input_row, bank, slot, row, row_mask, begin, DTYPE, ROUND, ROWS, BLOCK_K,
-            SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, BITS, STRIDE, SCALES,
+            inputs, input_row, bank, slot, row, row_mask, row_begin, begin, DTYPE, ROUND, ROWS,
+            BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, BITS, BYTES, STRIDE, SCALES,
         )  # fmt: skip
 
 
 @triton.jit
 def product(
-    inputs, input_row, rows, here, full, low, slot, full_slots, row, row_mask, begin,
+    inputs, input_row, rows, here, full, low, slot, full_slots, row, row_mask, row_begin, begin,
     DTYPE: tl.constexpr, ROUND: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     IN: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST: tl.constexpr,
     STRIDE: tl.constexpr, BITS: tl.constexpr, LOW_STRIDE: tl.constexpr, SCALES: tl.constexpr,
+    BYTES: tl.constexpr, LOW_K: tl.constexpr, LOW_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums float32 [ROWS, M]: rows *row* of a matrix of *slot* times rows *rows* of *inputs*.
 
     Over the inputs *begin* .. *begin* + SPLIT. Without DOT, M is 1 and *input_row* the row.
+    Low slots go LOW_K inputs at a time, read in runs of bytes where BYTES (:func:`by_bytes`;
+    with TRANSPOSED only if *row* is whatever follows *row_begin*).
     """
     y = tl.zeros([ROWS, M], tl.float32)
     if BITS == 0:
         y = _by_either(
-            inputs, input_row, rows, here, full, slot, row, row_mask, begin, DTYPE, ROUND, DOT,
-            ROWS, M, BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, 0, STRIDE, 0,
+            inputs, input_row, rows, here, full, slot, row, row_mask, row_begin, begin, DTYPE,
+            ROUND, DOT, ROWS, M, BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, 0, False,
+            STRIDE, 0,
         )  # fmt: skip
     elif slot < full_slots:
         y = _by_either(
-            inputs, input_row, rows, here, full, slot, row, row_mask, begin, DTYPE, ROUND, DOT,
-            ROWS, M, BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, 0, STRIDE, 0,
+            inputs, input_row, rows, here, full, slot, row, row_mask, row_begin, begin, DTYPE,
+            ROUND, DOT, ROWS, M, BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, 0, False,
+            STRIDE, 0,
         )  # fmt: skip
     else:
         y = _by_either(
-            inputs, input_row, rows, here, low, slot - full_slots, row, row_mask, begin, DTYPE,
-            ROUND, DOT, ROWS, M, BLOCK_K, SPLIT, STAGES, IN, OUT, TRANSPOSED, FIRST, BITS,
-            LOW_STRIDE, SCALES,
+            inputs, input_row, rows, here, low, slot - full_slots, row, row_mask, row_begin,
+            begin, DTYPE, ROUND, DOT, ROWS, M, LOW_K, SPLIT, LOW_STAGES, IN, OUT, TRANSPOSED,
+            FIRST, BITS, BYTES, LOW_STRIDE, SCALES,
         )  # fmt: skip
     return y

@@ -8,8 +8,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
-pytest.importorskip("triton", reason="triton is not installed")
+triton = pytest.importorskip("triton", reason="triton is not installed")
 
+import triton.language as tl  # noqa: E402
 from transformers.integrations import moe  # noqa: E402
 
 from runtime.kernels import FusedExperts, ReferenceExperts  # noqa: E402
@@ -17,6 +18,7 @@ from runtime.kernels.banks import Banks  # noqa: E402
 from runtime.kernels.fused import DECODE_TOKENS, PAIR_TOKENS  # noqa: E402
 from runtime.kernels.prefill import can_group, run_prefill  # noqa: E402
 from runtime.kernels.routes import Call  # noqa: E402
+from runtime.kernels.triton_low import by_bytes, gathered  # noqa: E402
 from tests.helpers_kernels import LAYOUTS, TOP_K, Placed, experts_module, routes  # noqa: E402
 
 pytestmark = [
@@ -25,8 +27,8 @@ pytestmark = [
 ]
 
 LOW = {"low_experts": (1, 4, 6)}
-#: (hidden, intermediate): odd ones, and one whose inputs take several rounds.
-SMALL, ODD, REAL = (32, 24), (256, 136), (2048, 768)
+#: (hidden, intermediate): odd ones, of whole groups of 64, and of inputs that take several rounds.
+SMALL, ODD, EVEN, REAL = (32, 24), (256, 136), (256, 192), (2048, 768)
 
 #: Compiling takes most of the time here, so of kind, dtype and size every two meet, not every
 #: three; and the tests share what they compile.
@@ -43,18 +45,21 @@ CASES = [
 ]
 HALVES = [case for case in CASES if case[1] != torch.float32]
 
-#: The same of kind, bits of the low-precision experts and size.
+#: The same of kind, bits of the low-precision experts and size: mostly of whole groups of 64,
+#: which are read by runs of bytes.
 LOW_CASES = [
     ("concatenated", 0, ODD),
     ("concatenated", 8, REAL),
-    ("concatenated", 4, SMALL),
+    ("concatenated", 4, EVEN),
     ("gpt-oss", 0, REAL),
-    ("gpt-oss", 8, SMALL),
-    ("gpt-oss", 4, ODD),
+    ("gpt-oss", 8, EVEN),
+    ("gpt-oss", 4, REAL),
     ("ungated", 0, SMALL),
     ("ungated", 8, ODD),
     ("ungated", 4, REAL),
 ]
+#: Of others, read one by one.
+SINGLE_CASES = [("concatenated", 4, SMALL), ("gpt-oss", 8, ODD)]
 
 #: Outputs over which errors are compared at least: with fewer, the few that a sum of another
 #: order rounds to the other side can outweigh all others.
@@ -160,7 +165,8 @@ def test_rounded_prefill_has_nearly_all_bits_of_transformers(kind):
 
 @pytest.mark.parametrize(
     ("kind", "bits", "size", "rounds"),
-    [(*case, None) for case in LOW_CASES] + [(*case, False) for case in LOW_CASES[1::3]],
+    [(*case, None) for case in LOW_CASES + SINGLE_CASES]
+    + [(*case, False) for case in LOW_CASES[1::3]],
     ids=str,
 )
 @pytest.mark.parametrize("tokens", [1, 7, 40, 70])
@@ -201,6 +207,54 @@ def test_both_paths_agree(kind, bits, size):
             call = Call(hidden, index, weights, placed.table, prefill)
             run_prefill(banks, placed.gating, call, grouped, rounds=True)
             assert largest(prefill - decode) <= 2e-2 * largest(decode)
+
+
+@triton.jit
+def raise_tile(
+    low, out, begin, DTYPE: tl.constexpr, WIDE: tl.constexpr, RUNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr,
+    BITS: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """out float32 [ROWS, BLOCK] = a tile of low row 1, by runs of bytes or one by one."""
+    row = tl.arange(0, ROWS)
+    mask = row < ROWS - 1
+    inner = begin + tl.arange(0, BLOCK)
+    slot = tl.program_id(0).to(tl.int64) + 1
+    if RUNS:
+        tile = by_bytes(low, slot, row, mask, begin, DTYPE, WIDE, BLOCK, WIDTH, FIRST, BITS,
+                        STRIDE, SCALES)  # fmt: skip
+    else:
+        place = FIRST + row[:, None] * WIDTH + inner[None, :]
+        inside = mask[:, None] & (inner < WIDTH)[None, :]
+        tile = gathered(low, slot, place, inside, BITS, STRIDE, SCALES).to(DTYPE)
+    at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out + at, tile.to(tl.float32))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(tl.bfloat16, False), (tl.bfloat16, True), (tl.float16, True), (tl.float32, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("block", [16, 64, 256])
+def test_runs_of_bytes_are_raised_to_the_bits_of_single_weights(bits, dtype, wide, block):
+    rows, width, first = 8, 320, 128
+    params = first + rows * width
+    scales, count = params * bits // 8, params // 64
+    stride = -(-(scales + 2 * count) // 256) * 256
+    torch.manual_seed(bits)
+    low = torch.randint(0, 256, (2, stride), dtype=torch.uint8, device="cuda")
+    # Subnormal scales too.
+    drawn_scales = torch.rand(2, count, device="cuda").pow(8) * 0.1
+    low[:, scales : scales + 2 * count] = drawn_scales.half().view(torch.uint8)
+    for begin in range(0, width, block):
+        tiles = [torch.full((rows, block), 7.0, device="cuda") for _ in range(2)]
+        for runs, tile in zip((True, False), tiles, strict=True):
+            raise_tile[(1,)](low, tile, begin, dtype, wide, runs, rows, block, width, first,
+                             bits, stride, scales)  # fmt: skip
+        assert tiles[0].abs().max() > 0
+        assert torch.equal(tiles[0].view(torch.int32), tiles[1].view(torch.int32)), begin
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 pytest tests/unit/test_runtime_kernels.py, with triton instal
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from runtime.kernels.banks import Banks  # noqa: E402
 from runtime.kernels.gating import ACTIVATIONS  # noqa: E402
 from runtime.kernels.prefill import run_prefill  # noqa: E402
 from runtime.kernels.routes import Call  # noqa: E402
+from runtime.layout import ExpertLayout, LowLayout  # noqa: E402
 from tests.helpers_kernels import LAYOUTS, TOP_K, Placed, experts_module, routes  # noqa: E402
 from traces.errors import InputError  # noqa: E402
 
@@ -260,6 +262,10 @@ def cut_of(name):
         "dot": Cut(dot(8, 16, 2), dot(8, 16)),
         "groups": Cut(dot(8, 16), dot(16, 16, 2), group=16),
         "small groups": Cut(dot(8, 16, 2), dot(16, 16), group=2),
+        "narrow": Cut(Tiles(16, 16, splits=2), Tiles(32, 32, splits=2)),
+        "wide dot": Cut(dot(32, 32, 2), dot(64, 64)),
+        "wide": Cut(Tiles(32, 64, splits=2, low_k=32), Tiles(64, 128)),
+        "wide groups": Cut(Tiles(32, 32, dot=True, low_k=128, low_stages=3), dot(64, 32), group=4),
     }[name]
 
 
@@ -284,6 +290,68 @@ def test_decode_kernels_in_the_interpreter(kind, bits, cut):
         kernels.run(hidden, index, weights, placed.table, out, only, accumulate)
         exact = placed.exact(hidden, index, weights, only=only) + accumulate
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def gathering(monkeypatch):
+    """No more runs of bytes: every low-precision weight is read by itself."""
+    monkeypatch.setattr("runtime.kernels.cuts.LEAST_RUN", 1 << 30)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cut", ["narrow", "wide"])
+def test_runs_of_bytes_are_raised_to_the_bits_of_single_weights(
+    kind, bits, dtype, cut, monkeypatch
+):
+    from runtime.kernels.decode import DecodeKernels
+
+    placed = Placed(experts_module(kind, dtype, 128, 64), absent=(2,), bits=bits,
+                    low_experts=(1, 4, 6))  # fmt: skip
+    banks = Banks(placed.layout, placed.full, placed.low_layout, placed.low)
+    rounds = dtype != torch.float32
+    hidden, index, weights = routes(2, dtype, hidden=128)
+    index[1] = torch.tensor([4, 0, 6])
+    outs = []
+    for by_bytes in (True, False):
+        kernels = DecodeKernels(banks, placed.gating, TOP_K, 2, cut_of(cut), rounds=rounds)
+        assert all(told[-3] for told in (kernels._first_constants(rounds),
+                   kernels._second_constants(rounds, False))) == by_bytes  # fmt: skip
+        out = torch.empty(hidden.shape)
+        kernels.run(hidden, index, weights, placed.table, out, -1, False)
+        outs.append(out)
+        gathering(monkeypatch)
+    assert torch.equal(*outs)
+    # The interpreter cuts bfloat16 off instead of rounding it.
+    exact = placed.exact(hidden, index, weights)
+    bound = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 8e-2}[dtype]
+    assert largest(outs[0] - exact) <= bound * largest(exact)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("cut", ["wide dot", "wide groups"])
+def test_runs_of_bytes_with_matrix_instructions(kind, bits, cut, monkeypatch):
+    """Their sums may come in another order than those of single weights."""
+    from runtime.kernels.decode import DecodeKernels
+
+    placed = Placed(experts_module(kind, torch.float16, 128, 64), absent=(2,), bits=bits,
+                    low_experts=(1, 4, 6))  # fmt: skip
+    banks = Banks(placed.layout, placed.full, placed.low_layout, placed.low)
+    hidden, index, weights = routes(2, torch.float16, hidden=128)
+    index[1] = torch.tensor([4, 0, 6])
+    exact = placed.exact(hidden, index, weights)
+    outs = []
+    for _ in range(2):
+        kernels = DecodeKernels(banks, placed.gating, TOP_K, 2, cut_of(cut), rounds=True)
+        out = torch.empty_like(hidden)
+        kernels.run(hidden, index, weights, placed.table, out, -1, False)
+        assert largest(out - exact) <= 4e-3 * largest(exact)
+        outs.append(out)
+        gathering(monkeypatch)
+    assert same_bits(*outs) > 0.98
 
 
 @interpreted
@@ -373,6 +441,47 @@ def test_groups_take_matrix_instructions():
 
     with pytest.raises(InputError, match="group is 16 without dot, expected dot in both Tiles"):
         Cut(Tiles(8, 16, dot=True), Tiles(8, 16), group=16)
+
+
+def test_runs_of_bytes_are_taken_where_groups_are_whole():
+    """Of every real family's sizes; not where a row is no whole number of groups of 64."""
+    from runtime.kernels.cuts import group_cut, low_reading, pair_cut
+
+    sizes = [(2048, 768), (2048, 1408), (4096, 14336), (2880, 2880), (1024, 512)]
+    for kind, (hidden, intermediate) in itertools.product(LAYOUTS, [*sizes, (32, 24), (96, 64)]):
+        part = laid_out(kind, hidden, intermediate)
+        gating = Gating("silu", kind != "ungated", kind == "gpt-oss")
+        halves = 2 if gating.gated else 1
+        cuts = (pair_cut(part, gating, 4, True), pair_cut(part, gating, 4, False),
+                group_cut(part, gating))  # fmt: skip
+        for cut in cuts:
+            first = low_reading(part, part.first, cut.first, halves)
+            second = low_reading(part, "down_proj", cut.second, 1)
+            whole = ((hidden, intermediate) in sizes,) * 2
+            if hidden == 96:
+                # gpt-oss's biases end within a group: its scales begin within 4 bytes.
+                whole = (False, kind != "gpt-oss")
+            assert (first[0], second[0]) == whole, (kind, hidden, cut)
+            for tiles, inputs, told in (
+                (cut.first, hidden, first), (cut.second, intermediate, second)
+            ):  # fmt: skip
+                # No tile goes on into the inputs of another program.
+                assert tiles.splits == 1 or tiles.split_inputs(inputs) % told[1] == 0
+
+
+def laid_out(kind, hidden, intermediate):
+    """Banks without slots of the experts of one of LAYOUTS, of any size."""
+    module = experts_module(kind, torch.bfloat16, 32, 24, experts=1)
+    sizes = {32: hidden, 24: intermediate, 48: 2 * intermediate}
+    shapes = SimpleNamespace(is_transposed=module.is_transposed,
+                             is_concatenated=module.is_concatenated)  # fmt: skip
+    for name, value in module.named_parameters():
+        shape = (1, *(sizes[size] for size in value.shape[1:]))
+        setattr(shapes, name, torch.empty(shape, dtype=value.dtype, device="meta"))
+    layout = ExpertLayout.of(shapes)
+    full = torch.empty(0, layout.stride_bytes, dtype=torch.uint8)
+    low = LowLayout(layout, 4)
+    return Banks(layout, full, low, torch.empty(0, low.stride_bytes, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
