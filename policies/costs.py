@@ -48,7 +48,9 @@ class Costs:
         #: From a copy's end until a stream that waits for it goes on.
         self.wake_s = profile.link.wake_s
         self.step_s = host.step_s
-        self.graph = GraphCosts(profile, model, cache_tokens) if host.graph_launch_s else None
+        self.graph: GraphCosts | None = None
+        if host.graph_launch_s:
+            self.graph = GraphCosts(profile, model, cache_tokens, low_bits)
         self._experts: dict[int, float] = {}
         self._attention: dict[tuple[int, int], float] = {}
 

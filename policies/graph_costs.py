@@ -120,13 +120,20 @@ class GraphCosts:
     at every step, not only those that are filled.
     """
 
-    def __init__(self, profile: HardwareProfile, model: ModelSpec, cache_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        model: ModelSpec,
+        cache_tokens: int = 0,
+        low_bits: int = 4,
+    ) -> None:
         self.profile, self.model, self.cache_tokens = profile, model, cache_tokens
         self.launch_s = profile.host.graph_launch_s
         self._change_s = profile.host.table_update_s
         self._rewrite_s = profile.host.table_rewrite_s or math.inf
         software, facts = profile.software, facts_of(model)
         self.floor_s = _of_family(software.layer_floor_s, facts.family, 0.0)
+        self._several_s = _of_family(software.several_floor_s, facts.family, self.floor_s)
         rate = profile.gpu.memory_bytes_per_s
         self._read_rate = software.dense_efficiency * rate
         kept = _of_family(software.kv_efficiency, facts.family, software.dense_efficiency)
@@ -138,7 +145,10 @@ class GraphCosts:
         self.head_s = facts.head_params * model.param_bytes / self._read_rate
         self._efficiency = profile.expert.fused_efficiency or profile.expert.memory_efficiency
         self._shared = profile.expert.fused_token_share
+        self._low_bytes = model.expert_bytes_at(low_bits)
+        self._low_efficiency = profile.expert.low_efficiency.get(str(low_bits), 0.0)
         self._experts: dict[int, float] = {}
+        self._lows: dict[int, float] = {}
 
     def table_s(self, changes: int) -> float:
         """Host time to tell the next graph of *changes* of the table of experts."""
@@ -155,15 +165,31 @@ class GraphCosts:
         # Sequences are worked on beside each other: a position of all of them counts once.
         read_s += self._position_s * (kv_tokens / tokens)
         flops = 2 * self._layer_params * tokens + 4 * model.hidden * kv_tokens
-        return self.floor_s + max(read_s, flops / self.profile.gpu.bf16_flops_per_s)
+        floor_s = self.floor_s if tokens == 1 else self._several_s
+        return floor_s + max(read_s, flops / self.profile.gpu.bf16_flops_per_s)
 
     def expert_s(self, tokens: int) -> float:
         """What one expert of *tokens* tokens adds to an event."""
         seconds = self._experts.get(tokens)
         if seconds is None:
-            model = self.model
             efficiency = self._efficiency / (1 + self._shared * (tokens - 1))
-            seconds = self._experts[tokens] = self.profile.expert_roofline_s(
-                model.expert_bytes, 2 * model.expert_params, tokens, efficiency
-            )
+            seconds = self._roofline_s(self.model.expert_bytes, tokens, efficiency)
+            self._experts[tokens] = seconds
         return seconds
+
+    def low_expert_s(self, tokens: int) -> float:
+        """The same for one that is computed from its low-precision copy."""
+        seconds = self._lows.get(tokens)
+        if seconds is None:
+            if self._low_efficiency:
+                share = self.profile.expert.low_token_share
+                efficiency = self._low_efficiency / (1 + share * (tokens - 1))
+                seconds = self._roofline_s(self._low_bytes, tokens, efficiency)
+            else:
+                seconds = self.expert_s(tokens)
+            self._lows[tokens] = seconds
+        return seconds
+
+    def _roofline_s(self, size_bytes: int, tokens: int, efficiency: float) -> float:
+        flops = 2 * self.model.expert_params
+        return self.profile.expert_roofline_s(size_bytes, flops, tokens, efficiency)

@@ -165,11 +165,11 @@ class Software:
 
     Where decode steps are captured graphs: *layer_floor_s*, by model family, are the GPU
     seconds of one layer for one token if its weights took no time to read (``any``: families
-    not named); *dense_efficiency* is the share of the GPU's memory rate at which what is not
-    an expert is read, *kv_efficiency*, by family, that of the key-value cache as a model
-    specification counts it: code that copies or expands it first has a small one. Sequences
-    are read beside each other; what one takes for each position of its cache however many
-    there are is *kv_token_s*, by family.
+    not named), *several_floor_s* the same for more than one token; *dense_efficiency* is the
+    share of the GPU's memory rate at which what is not an expert is read, *kv_efficiency*, by
+    family, that of the key-value cache as a model specification counts it: code that copies
+    or expands it first has a small one. Sequences are read beside each other; what one takes
+    for each position of its cache however many there are is *kv_token_s*, by family.
     """
 
     name: str
@@ -182,6 +182,9 @@ class Software:
     dense_efficiency: float = 1.0
     kv_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
     kv_token_s: Mapping[str, float] = field(default_factory=dict, hash=False, metadata={"least": 0})
+    several_floor_s: Mapping[str, float] = field(
+        default_factory=dict, hash=False, metadata={"least": 0}
+    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,9 @@ class ExpertModel:
     at which its weights are read; *activation_passes*, how many vectors of its mean width a
     token reads and writes. *fused_efficiency* is the share where captured graphs read all
     experts of an event in place; 0 means as *memory_efficiency*. There each further token of
-    an expert takes *fused_token_share* of the time that reading it takes.
+    an expert takes *fused_token_share* of the time that reading it takes. Low-precision copies are
+    read at *low_efficiency* of the rate, by their bits, with *low_token_share*; where that is not
+    known they take as long as full ones.
     """
 
     kernels: int
@@ -200,6 +205,8 @@ class ExpertModel:
     activation_passes: float
     fused_efficiency: float = field(default=0.0, metadata={"least": 0})
     fused_token_share: float = field(default=0.0, metadata={"least": 0})
+    low_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
+    low_token_share: float = field(default=0.0, metadata={"least": 0})
 
 
 @dataclass(frozen=True)
@@ -360,7 +367,7 @@ def _check(profile: HardwareProfile, where: str) -> None:
         raise InputError(
             f"{where}: host.graph_launch_s is given, expected software.layer_floor_s as well"
         )
-    for name in ("layer_floor_s", "kv_efficiency", "kv_token_s"):
+    for name in ("layer_floor_s", "several_floor_s", "kv_efficiency", "kv_token_s"):
         by_family = getattr(profile.software, name)
         if by_family and ANY_FAMILY not in by_family:
             raise InputError(f"{where}: key 'software.{name}.{ANY_FAMILY}' is missing")

@@ -72,7 +72,7 @@ _OPTIONS = (
         type=click.IntRange(min=1),
         default=3,
         show_default=True,
-        help="Replay a cell again while others slow its link, at most so often in all.",
+        help="Replay a cell again while others slow its link or host, at most so often in all.",
     ),
     click.option("--judge-time", is_flag=True, help="Judge times measured on a CPU, too."),
     click.option("--json", "json_path", metavar="FILE|-", help="Write everything as JSON."),

@@ -49,7 +49,7 @@ def calibrate(out: Path, device: str, quick: bool, force: bool) -> None:
 
     start = time.monotonic()
     bench = calibrate_device(device, quick)
-    with progress_bar("calibrate", steps_of_progress()) as advance:
+    with bench.at_full_speed(), progress_bar("calibrate", steps_of_progress()) as advance:
         found = measure(bench, lambda: advance(1))
         values = profile_values(bench, found)
         advance(steps_of_progress())

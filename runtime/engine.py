@@ -49,6 +49,8 @@ class Engine:
         self._slot: dict[int, int] = {}
         #: Notes an event's moments, if anybody wants to know.
         self.clock: EventClock | None = None
+        #: Called when the host begins to wait for an answer, if set.
+        self.on_wait: Callable[[], None] | None = None
         #: Called with (routing, plan, late copies) after each event, if set.
         self.on_event: Callable[[Routing, Plan, Sequence[int]], None] | None = None
 

@@ -187,6 +187,8 @@ class Hook:
         lanes, copier = engine.lanes, engine.copier
         noted = engine.watch.split("attention")
         mark = noted or lanes.mark()
+        if engine.on_wait is not None:
+            engine.on_wait()
         passed, poll = lanes.passed, copier.poll
         while not passed(mark):
             if copier.pending:

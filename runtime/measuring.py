@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from policies.result import CAUSES
 from policies.routing import DECODE, PREFILL, Routing, Step
 from runtime.copier import Copied, Copier
 from runtime.engine import Engine
+from runtime.fullspeed import Cores
 from runtime.stopwatch import by_cause
 
 #: Begin and end of something, in seconds of the device's clock.
@@ -26,7 +28,8 @@ class Measured:
     *link_busy_of_stall* is the share of the time in which the device waited for copies during
     which the link carried some; *link_bytes_per_s* what it carried while busy. Memory is in
     bytes at its peak; *gpu_predicted_bytes* is what
-    :func:`policies.memory.predicted_bytes` said.
+    :func:`policies.memory.predicted_bytes` said. *host_speed* is how fast the host ran Python
+    while the device worked: 1 is its fastest, None that nobody looked.
     """
 
     gpu_peak_bytes: int = 0
@@ -35,6 +38,7 @@ class Measured:
     link_busy_of_stall: float = 0.0
     link_bytes_per_s: float = 0.0
     step_s: list[float] = field(default_factory=list)
+    host_speed: float | None = None
 
 
 #: Every how many decode steps one is marked: marks cost host time of their own.
@@ -45,7 +49,8 @@ class RealWorld:
     """Adds up the steps of a run; a finished :class:`policies.outcome.World`.
 
     Prefill steps and one in *mark_every* decode steps (0: none; all while *recording*) are
-    marked, stretch by stretch: they say by which causes the time of all steps is split.
+    marked, stretch by stretch: they say by which causes the time of all steps is split. If it is
+    given *cores*, the thread leaves slow ones, before a step and while it waits.
     Call :meth:`begin` before a step, :meth:`add` after it, :meth:`finish` at the end.
     """
 
@@ -63,6 +68,9 @@ class RealWorld:
         self.link: Copier = engine.copier
         self.recording = recording
         self._mark_every = 1 if recording is not None else mark_every
+        #: Where the thread looks for full speed, if it is to.
+        self.cores: Cores | None = None
+        self._speeds: list[float] = []
         self._marked = False
         self._open: list[Copied] = []
         self.steps = self.accesses = self.late = 0
@@ -113,10 +121,18 @@ class RealWorld:
 
     def begin(self, decoding: bool) -> None:
         """A step, *decoding* or not, is about to run, the device being idle: mark it or not."""
+        if self.cores is not None:
+            self.cores.settle()
+            self.engine.on_wait = self._look
         every, decoded = self._mark_every, len(self.decode_step_s)
         self._marked = every > 0 and (not decoding or decoded % every == every // 2)
         self.engine.watch.on = self.engine.lanes.timed = self._marked
         self.link.issued = [] if self._marked else None
+
+    def _look(self) -> None:
+        """The device works and the host waits: time enough to see how fast it is."""
+        assert self.cores is not None
+        self._speeds.append(self.cores.glance())
 
     def _note(self, routing: Routing, plan: Plan, late: Sequence[int]) -> None:
         """One event, for the recording."""
@@ -198,6 +214,7 @@ class RealWorld:
             else 1.0,
             link_bytes_per_s=self._bytes / self._busy_s if self._busy_s else 0.0,
             step_s=list(self.decode_step_s),
+            host_speed=statistics.mean(self._speeds) if self._speeds else None,
         )
 
     def _record(

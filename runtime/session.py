@@ -19,6 +19,7 @@ from policies.session import Prepared, Setup, TraceSession, no_garbage_collectio
 from runtime.bank import SlotBank
 from runtime.engine import Engine
 from runtime.eventclock import EventClock
+from runtime.fullspeed import at_full_speed
 from runtime.hook import uninstall
 from runtime.lanes import lanes_for
 from runtime.load import fitting, pick_device
@@ -109,7 +110,8 @@ class ReplaySession(TraceSession):
         engine.clock = clock
         replay = Replay(real.model, hook, self, self.options)
         try:
-            with no_garbage_collection(), torch.no_grad():
+            with no_garbage_collection(), torch.no_grad(), at_full_speed(self.device) as cores:
+                world.cores = cores
                 replay.run(watch(prepared.steps()), world)
             return world, peak_bytes(self.device)
         finally:

@@ -17,6 +17,9 @@ from traces.errors import InputError
 #: the profile's rate that the link then has to reach.
 STALL, BANDWIDTH = 0.20, 0.95
 
+#: How fast the host has to run, 1 being its fastest.
+HOST_SPEED = 0.85
+
 #: Ways to validate: routing forced from a trace, or a checkpoint that generates text.
 MODES = ("replay", "live")
 
@@ -83,6 +86,7 @@ class Cell:
     sequences: int = 0
     tokens: int = 0
     steps: int = 0
+    host_speed: float | None = None
     attempts: int = 1
     seed: int = 0
     pool: str = "global"
@@ -120,10 +124,25 @@ class Cell:
 
     @property
     def disturbed(self) -> bool:
-        """Whether a GPU waited for a link that was slower than the profile knows it."""
-        share = self.bandwidth_share
-        waited = (self.stall_share or 0.0) > STALL
-        return self.world == GPU and waited and share is not None and share < BANDWIDTH
+        """Whether a GPU waited for a link, or a host, that was slower than the profile knows it."""
+        slow_link = self._waited and (self.bandwidth_share or 1.0) < BANDWIDTH
+        slow_host = self.host_speed is not None and self.host_speed < HOST_SPEED
+        return self.world == GPU and (slow_link or slow_host)
+
+    @property
+    def calm(self) -> float:
+        """How little the machine was disturbed, whatever the times say of the simulator.
+
+        The smaller of the host's speed and, in runs that wait for it, the link's, over what the
+        profile expects of either.
+        """
+        link = (self.bandwidth_share or 1.0) if self._waited else 1.0
+        return min(link / BANDWIDTH, (self.host_speed or 1.0) / HOST_SPEED)
+
+    @property
+    def _waited(self) -> bool:
+        """Whether the run counts as one that waits for the link."""
+        return (self.stall_share or 0.0) > STALL
 
     @property
     def memory_error(self) -> float | None:

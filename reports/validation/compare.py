@@ -27,7 +27,7 @@ class Measured(Protocol):
 
     *link_busy_of_stall* is the share of the time in which the GPU waited for copies during which
     the link copied, *link_bytes_per_s* its rate while it did; *step_s* are the seconds of every
-    step or of every decode step.
+    step or of every decode step; *host_speed* is 1 where the host ran as fast as it can.
     """
 
     @property
@@ -42,6 +42,8 @@ class Measured(Protocol):
     def link_bytes_per_s(self) -> float | None: ...
     @property
     def step_s(self) -> Sequence[float]: ...
+    @property
+    def host_speed(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def compare(pair: Pair, about: dict[str, Any]) -> Cell:
         "link_profile_bytes_per_s": bandwidth,
         "gpu_predicted_bytes": measured.gpu_predicted_bytes,
         "host_peak_bytes": measured.host_peak_bytes,
+        "host_speed": measured.host_speed,
         "step_quantiles_sim_s": quantiles([row.end_s - row.start_s for row in rows]),
         "step_quantiles_gpu_s": quantiles(decode_seconds(measured.step_s, pair.recording)),
         "first_difference": _difference(pair),

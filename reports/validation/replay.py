@@ -150,8 +150,7 @@ def _both(worlds: _Worlds, real: RealSession, run: Run) -> Done:
         pair = Pair(expected, found, recording, costs, measured, log, log_gpu)
         about = about_run(request, sim, run, found.slots) | facts | surroundings(found.world)
         tried.append((compare(pair, about), found))
-    # Chosen by the link alone, whatever the times say of the simulator.
-    cell, found = max(tried, key=lambda one: one[0].bandwidth_share or 0.0)
+    cell, found = max(tried, key=lambda one: one[0].calm)
     results = [replace(result, trace=facts["trace"]) for result in (expected, found)]
     return Done(replace(cell, attempts=len(tried)), results)
 

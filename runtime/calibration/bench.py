@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from runtime.fullspeed import Cores, at_full_speed
 
 Work = Callable[[], Any]
 
@@ -34,11 +37,21 @@ class Bench:
         self.quick = quick
         self.cuda = device.type == "cuda"
         self._cuda: Any = torch.cuda
+        self._cores: Cores | None = None
+
+    @contextmanager
+    def at_full_speed(self) -> Iterator[None]:
+        """Inside, what follows a :meth:`wait` runs on a core that no neighbour slows down."""
+        with at_full_speed(self.device) as self._cores:
+            yield
+        self._cores = None
 
     def wait(self) -> None:
         """Until the device has nothing left to do."""
         if self.cuda:
             self._cuda.synchronize(self.device)
+        if self._cores is not None:
+            self._cores.settle()
 
     def host_s(self, work: Work, repeats: int = 20) -> float:
         """Host seconds of *work*, which only issues; the device is idle before each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,13 +15,14 @@ from runtime.calibration.fits import (
     ExpertTime,
     Line,
     activation_passes,
+    nonnegative,
     read_efficiency,
     significant,
 )
 from runtime.calibration.kernels import Rates
 from runtime.kernels import FusedExperts
 from runtime.kernels.gating import Gating
-from runtime.layout import ExpertLayout, Part
+from runtime.layout import ExpertLayout, LowLayout, Part
 
 #: Name, hidden and intermediate size of the experts that are timed, the largest first.
 SHAPES = (
@@ -38,6 +40,9 @@ FEW_FUSED = ((256, 512, 4), (512, 1024, 4))
 #: The same for several tokens at a time, and how many experts they choose among.
 SHARED = ((2048, 768, 8), (2048, 1408, 6), (4096, 14336, 2))
 SHARED_TOKENS, SHARED_EXPERTS = 8, 16
+
+#: Precisions of the copies that ``mixed`` may use.
+LOW_BITS = (4, 8)
 
 #: Weights read in turns, so that caches hold none of them.
 ROUNDS_BYTES = 512 * 2**20
@@ -63,6 +68,13 @@ class Experts(NamedTuple):
     memory_efficiency: float
     activation_passes: float
     rows: list[ExpertRow]
+
+
+class Low(NamedTuple):
+    """Low-precision copies: share of the memory rate by bits, and what a further token takes."""
+
+    efficiency: dict[str, float]
+    token_share: float
 
 
 class CpuRates(NamedTuple):
@@ -133,15 +145,19 @@ def _row(bench: Bench, name: str, hidden: int, inner: int, tokens: list[int]) ->
     return ExpertRow(name, size, tokens, eager, significant(graph_s))
 
 
-def measure_fused(bench: Bench, rate: float) -> Line:
-    """How the time of one event's experts grows with their bytes; ``beta`` is a share of *rate*."""
+def measure_fused(bench: Bench, rate: float, low_bits: int = 0) -> Line:
+    """How the time of one event's experts grows with their bytes; ``beta`` is a share of *rate*.
+
+    With *low_bits* they are read from low-precision copies of so many bits.
+    """
     shapes: Sequence[tuple[int, int, int]] = FUSED if bench.cuda else FEW_FUSED
     if bench.cuda and bench.quick:
         shapes = FUSED[:-1]
     sizes, seconds = [], []
     for hidden, inner, top_k in shapes:
-        sizes.append(3.0 * hidden * inner * PARAM_BYTES * top_k)
-        seconds.append(_fused_s(bench, Event(hidden, inner, top_k)))
+        event = Event(hidden, inner, top_k, low_bits=low_bits)
+        sizes.append(event.expert_bytes * top_k)
+        seconds.append(_fused_s(bench, event))
         bench.free()
     return read_efficiency(sizes, seconds, rate)
 
@@ -153,30 +169,63 @@ def swiglu_layout(hidden: int, inner: int) -> ExpertLayout:
     return ExpertLayout(torch.bfloat16, (first, second))
 
 
-def measure_token_share(bench: Bench, rate: float, fused: Line) -> float:
+def measure_token_share(bench: Bench, rate: float, fused: Line, low_bits: int = 0) -> float:
     """What each further token of an expert takes in our kernels, as a share of reading it.
 
-    *fused* is what :func:`measure_fused` found at *rate*. The mean of several sizes.
+    *fused* is what :func:`measure_fused` found at *rate* for one token; *low_bits* as there.
+    What an event of several tokens takes once is fitted beside it over several sizes.
     """
     shapes = SHARED if bench.cuda else FEW_FUSED
-    found = []
+    rows, work = [], []
     for hidden, inner, top_k in shapes:
-        event = Event(hidden, inner, top_k, tokens=SHARED_TOKENS)
-        read_s = 3.0 * hidden * inner * PARAM_BYTES / (fused.beta * rate)
-        work = (_fused_s(bench, event) - fused.alpha) / read_s
-        distinct = event.distinct()
-        found.append((work - distinct) / (SHARED_TOKENS * top_k - distinct))
+        event = Event(hidden, inner, top_k, SHARED_TOKENS, low_bits)
+        read_s, distinct = event.expert_bytes / (fused.beta * rate), event.distinct()
+        seconds = _fused_s(bench, event)
+        # Relative to the event's time, so that the largest does not decide alone.
+        further_s = read_s * (SHARED_TOKENS * top_k - distinct)
+        rows.append((1 / seconds, further_s / seconds))
+        work.append(max(seconds - distinct * read_s, 0.0) / seconds)
         bench.free()
-    return max(sum(found) / len(found), 0.0)
+    return float(nonnegative(np.array(rows), np.array(work))[1])
+
+
+def measure_low(bench: Bench, rate: float) -> Low:
+    """The same of experts that are read from low-precision copies."""
+    efficiency, shares = {}, []
+    for bits in LOW_BITS if not bench.quick else LOW_BITS[:1]:
+        found = measure_fused(bench, rate, bits)
+        efficiency[str(bits)] = significant(found.beta)
+        shares.append(measure_token_share(bench, rate, found, bits))
+    return Low(efficiency, significant(sum(shares) / len(shares)))
 
 
 class Event(NamedTuple):
-    """Sizes of an event: several tokens choose among :data:`SHARED_EXPERTS` experts."""
+    """Sizes of an event: several tokens choose among :data:`SHARED_EXPERTS` experts.
+
+    With *low_bits* all of them are served from low-precision copies.
+    """
 
     hidden: int
     inner: int
     top_k: int
     tokens: int = 1
+    low_bits: int = 0
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Its experts at full precision."""
+        return swiglu_layout(self.hidden, self.inner)
+
+    @property
+    def low_layout(self) -> LowLayout | None:
+        """Its experts as they are served, if that is not at full precision."""
+        return LowLayout(self.layout, self.low_bits) if self.low_bits else None
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes that one of its experts is read from."""
+        low = self.low_layout
+        return float(low.size_bytes if low else 3 * self.hidden * self.inner * PARAM_BYTES)
 
     @property
     def experts(self) -> int:
@@ -195,16 +244,22 @@ class Event(NamedTuple):
 
 def _fused_s(bench: Bench, event: Event) -> float:
     """Device seconds of one *event*, its experts read from slots that follow each other."""
-    hidden, inner, top_k, tokens = event
-    layout = swiglu_layout(hidden, inner)
+    tokens, top_k, layout, low = event.tokens, event.top_k, event.layout, event.low_layout
+    served = low or layout
     most = ROUNDS_BYTES if bench.cuda else 2**20
-    events = max(2, min(64, most // (layout.stride_bytes * event.experts)))
+    events = max(2, min(64, most // (served.stride_bytes * event.experts)))
     slots = events * event.experts
-    bank = torch.zeros(slots, layout.stride_bytes, dtype=torch.uint8, device=bench.device)
-    kernels = FusedExperts(layout, bank, Gating("silu"), top_k=top_k)
-    hidden_rows = torch.randn(tokens, hidden, device=bench.device).bfloat16()
+
+    def bank(stride_bytes: int, slots: int) -> Tensor:
+        return torch.zeros(slots, stride_bytes, dtype=torch.uint8, device=bench.device)
+
+    # Beside a low bank one full slot, so that there is a full bank.
+    full = bank(layout.stride_bytes, 1 if low else slots)
+    lows = bank(low.stride_bytes, slots) if low else None
+    kernels = FusedExperts(layout, full, Gating("silu"), top_k=top_k, low_layout=low, low=lows)
+    hidden_rows = torch.randn(tokens, event.hidden, device=bench.device).bfloat16()
     weights = torch.full((tokens, top_k), 1 / top_k, device=bench.device, dtype=torch.bfloat16)
-    table = torch.arange(slots, dtype=torch.int32, device=bench.device)
+    table = torch.arange(slots, dtype=torch.int32, device=bench.device) + (1 if low else 0)
     chosen = event.chosen().to(bench.device)
     index = [chosen + event.experts * i for i in range(events)]
     out = torch.empty_like(hidden_rows)

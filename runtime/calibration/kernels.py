@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from runtime.bank import ExpertTable
-from runtime.calibration.bench import Bench, median_s
+from runtime.calibration.bench import Bench
 from runtime.calibration.fits import significant
 from runtime.lanes import lanes_for
 
@@ -90,7 +90,7 @@ def measure_graphs(bench: Bench) -> Graphs:
         between.append(lanes.read(end) - lanes.read(begin))
         lanes.recycle([begin, end])
 
-    both_s = median_s(round_trip, 200)
+    both_s = bench.host_s(round_trip, 200)
     sync_s, launch_s = round_trip_parts(
         both_s, statistics.median(between), bench.device_s(replay, 50, held=True)
     )

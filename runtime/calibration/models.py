@@ -21,6 +21,7 @@ from runtime.calibration.shapes import (
     PARAM_BYTES,
     PROMPT,
     SEQUENCES,
+    SEVERAL,
     SHORT_CACHE,
     TYPICAL,
     Decoding,
@@ -36,28 +37,49 @@ from traces.sizes import Dimensions
 class Layers(NamedTuple):
     """What one captured layer takes on the GPU beside reading weights, by family.
 
-    *floor_s*: seconds; *kv_efficiency*: the share of the memory rate at which each sequence's
-    cache is read; *kv_token_s*: seconds per position of the cache for all sequences together.
-    ``any`` is the mean of those measured.
+    *floor_s*: seconds for one token, *several_s* for several; *kv_efficiency*: the share of
+    the memory rate at which each sequence's cache is read; *kv_token_s*: seconds per position
+    of the cache for all sequences together. ``any`` is the mean of those measured.
     """
 
     floor_s: dict[str, float]
+    several_s: dict[str, float]
     kv_efficiency: dict[str, float]
     kv_token_s: dict[str, float]
 
+    @classmethod
+    def empty(cls) -> Layers:
+        """Nothing measured yet."""
+        return cls({}, {}, {}, {})
+
+
+class LayerTime(NamedTuple):
+    """Seconds of one layer, from its launch to its answer, and the experts that it computed."""
+
+    seconds: float
+    experts: float
+
 
 class Reads(NamedTuple):
-    """How fast the GPU reads one token's weights: its memory rate, and the shares of it."""
+    """How fast the GPU reads weights: its memory rate, and the shares of it.
+
+    *token_share* is what a further token of an expert takes of reading that expert.
+    """
 
     memory_rate: float
     dense_efficiency: float
     fused_efficiency: float
+    token_share: float = 0.0
 
-    def weights_s(self, dims: Dimensions) -> float:
-        """Seconds to read what one layer of *dims* needs for one token, as costs count it."""
+    def weights_s(self, dims: Dimensions, experts: float, tokens: int) -> float:
+        """Seconds to read what one layer of *dims* needs, as costs count it.
+
+        *experts* are the distinct ones of *tokens* tokens.
+        """
         dense = dataclasses.replace(dims, vocabulary=0).dense_params() / dims.all_layers
-        experts = dims.top_k * dims.expert_params() / self.fused_efficiency
-        return (dense / self.dense_efficiency + experts) * PARAM_BYTES / self.memory_rate
+        read = experts + self.token_share * (tokens * dims.top_k - experts)
+        read *= dims.expert_params() / self.fused_efficiency
+        return (dense / self.dense_efficiency + read) * PARAM_BYTES / self.memory_rate
 
 
 class KvTime(NamedTuple):
@@ -85,7 +107,7 @@ def measure_layers(
 
     *sync_s* is what a gate's answer takes to the host: no part of a layer.
     """
-    found = Layers({}, {}, {})
+    found = Layers.empty()
     for family in FAMILIES if not bench.quick else (TYPICAL,):
         if bench.cuda:
             _measure_layer(family, bench, reads, sync_s, found)
@@ -99,20 +121,24 @@ def measure_layers(
 def _measure_layer(family: str, bench: Bench, reads: Reads, sync_s: float, into: Layers) -> None:
     """Note what one layer of *family* takes, unless its decode steps run eagerly."""
     dims = middle_dimensions(family, FLOOR_LAYERS)
-    middle = layers_s(family, bench, dims, [(SHORT_CACHE, 1)])
+    middle = layer_times(family, bench, dims, [(SHORT_CACHE, 1), (SHORT_CACHE, SEVERAL)])
     if not middle:
         return
     headed = with_published_heads(family, tiny_dimensions(family, FEW_LAYERS, wide=True))
     shapes = [(length, n) for length in (SHORT_CACHE, LONG_CACHE) for n in SEQUENCES]
-    seconds = layers_s(family, bench, headed, shapes)
+    seconds = [one.seconds for one in layer_times(family, bench, headed, shapes)]
     if not seconds:
         return
     kept = kv_time(SEQUENCES, seconds[: len(SEQUENCES)], seconds[len(SEQUENCES) :])
     into.kv_efficiency[family] = kept.efficiency(_token_bytes(headed) / reads.memory_rate)
     into.kv_token_s[family] = kept.token_s
     cached = _token_bytes(dims) / (into.kv_efficiency[family] * reads.memory_rate)
-    known = sync_s + reads.weights_s(dims) + SHORT_CACHE * (kept.token_s + cached)
-    into.floor_s[family] = max(middle[0] - known, LEAST_FLOOR * middle[0])
+    for floors, one, tokens in zip(
+        (into.floor_s, into.several_s), middle, (1, SEVERAL), strict=True
+    ):
+        known = sync_s + reads.weights_s(dims, one.experts, tokens)
+        known += SHORT_CACHE * (kept.token_s + tokens * cached)
+        floors[family] = max(one.seconds - known, LEAST_FLOOR * one.seconds)
 
 
 def _token_bytes(dims: Dimensions) -> float:
@@ -144,20 +170,21 @@ def measure_workspace(bench: Bench) -> int:
     return max(int(peak - known), 0)
 
 
-def layers_s(
+def layer_times(
     family: str, bench: Bench, dims: Dimensions, shapes: Sequence[tuple[int, int]]
-) -> list[float]:
-    """Seconds from a layer's launch to its answer for each (cache tokens, sequences) of *shapes*.
+) -> list[LayerTime]:
+    """What a layer takes for each (cache tokens, sequences) of *shapes*, every expert held.
 
-    Every expert is held. Empty where decode steps run eagerly.
+    Empty where decode steps run eagerly.
     """
     with offloaded(family, dims.layers, bench, dims) as model:
-        return [s for shape in shapes for s in _layer_s(model, bench, *shape)]
+        return [one for shape in shapes for one in _layer_time(model, bench, *shape)]
 
 
-def _layer_s(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> list[float]:
-    """The same for one shape: one figure, or none."""
-    graphs = model.expert_cache.runner.graphs
+def _layer_time(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> list[LayerTime]:
+    """The same for one shape: one, or none."""
+    runner = model.expert_cache.runner
+    graphs, engine = runner.graphs, runner.engine
     before = 0 if graphs is None else graphs.captured
     # A prompt of few tokens leaves room for the steps below.
     prompt = min(PROMPT, cache_tokens // 8)
@@ -165,7 +192,10 @@ def _layer_s(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> lis
     decoding.step_s(2)
     if graphs is None or graphs.captured == before:
         return []
-    return [quiet_layer_s(noted(model, decoding, min(40, cache_tokens // 2)))]
+    events, accesses = engine.events, engine.accesses
+    times = noted(model, decoding, min(40, cache_tokens // 2))
+    experts = (engine.accesses - accesses) / (engine.events - events)
+    return [LayerTime(quiet_layer_s(times), experts)]
 
 
 def noted(model: Any, decoding: Decoding, steps: int) -> Times:

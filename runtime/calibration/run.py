@@ -19,10 +19,12 @@ from runtime.calibration.copies import SIZES, Copies, Table, measure_copies
 from runtime.calibration.experts import (
     CpuRates,
     Experts,
+    Low,
     measure_cpu,
     measure_dense,
     measure_experts,
     measure_fused,
+    measure_low,
     measure_token_share,
 )
 from runtime.calibration.fits import Line, Thinking, significant
@@ -42,6 +44,7 @@ from runtime.calibration.policies import measure_policies
 from runtime.calibration.runs import Runs, measure_runs
 from runtime.calibration.shapes import (
     FAMILIES,
+    SEVERAL,
     TYPICAL,
 )
 from runtime.calibration.toml import dumps
@@ -67,6 +70,7 @@ class Measured(NamedTuple):
     dense: Line | None
     fused: Line | None
     token_share: float
+    low: Low | None
     layers: Layers
     runs: Runs | None
     workspace_bytes: int
@@ -89,14 +93,15 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
     advance()
     launches = measure_launches(bench)
     advance()
-    dense = fused = runs = None
+    dense = fused = low = runs = None
     token_share = 0.0
-    layers = Layers({}, {}, {})
+    layers = Layers.empty()
     if bench.cuda:
         dense = measure_dense(bench, rates.memory_bytes_per_s)
         fused = measure_fused(bench, rates.memory_bytes_per_s)
         token_share = measure_token_share(bench, rates.memory_bytes_per_s, fused)
-        reads = Reads(rates.memory_bytes_per_s, dense.beta, fused.beta)
+        low = measure_low(bench, rates.memory_bytes_per_s)
+        reads = Reads(rates.memory_bytes_per_s, dense.beta, fused.beta, token_share)
         layers = measure_layers(bench, reads, graphs.sync_s, advance)
     if layers.floor_s:
         runs = measure_runs(bench, graphs, copies, advance)
@@ -114,6 +119,7 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
         dense=dense,
         fused=fused,
         token_share=token_share,
+        low=low,
         layers=layers,
         runs=runs,
         workspace_bytes=measure_workspace(bench),
@@ -168,14 +174,18 @@ def _of_figures(values: dict[str, Any]) -> dict[str, str]:
     return {p: text for p, text in sources.items() if any(f.startswith(f"{p}.") for f in figures)}
 
 
-def _fused(found: Measured) -> dict[str, float]:
+def _fused(found: Measured) -> dict[str, Any]:
     """How the runtime's own kernels read experts, where they were measured."""
     if found.fused is None:
         return {}
-    return {
+    fused: dict[str, Any] = {
         "fused_efficiency": significant(found.fused.beta),
         "fused_token_share": significant(found.token_share),
     }
+    if found.low is None:
+        return fused
+    low = found.low
+    return fused | {"low_efficiency": low.efficiency, "low_token_share": low.token_share}
 
 
 def _link(found: Measured) -> dict[str, Any]:
@@ -259,6 +269,8 @@ def _software(found: Measured) -> dict[str, Any]:
         software["layer_floor_s"] = {n: significant(s) for n, s in found.layers.floor_s.items()}
         kept = found.layers.kv_efficiency
         software["kv_efficiency"] = {n: significant(s) for n, s in kept.items()}
+        several = found.layers.several_s
+        software["several_floor_s"] = {n: significant(s) for n, s in several.items()}
         positions = found.layers.kv_token_s
         software["kv_token_s"] = {n: significant(s) for n, s in positions.items()}
         software["dense_efficiency"] = significant(found.dense.beta)
@@ -322,6 +334,7 @@ def _graph_sources(found: Measured) -> dict[str, str]:
             "from launch to answer in decode steps of middle-sized models, medians, less the "
             f"answer's way and what a layer reads; {ANY_FAMILY}: their mean"
         ),
+        "software.several_floor_s": f"the same with {SEVERAL} sequences",
         "software.kv_efficiency": (
             "the same with a short and a long cache, one and several sequences, heads as published"
         ),
@@ -334,6 +347,8 @@ def _graph_sources(found: Measured) -> dict[str, str]:
             f"{found.fused.residual:.1e} s"
         ),
         "expert.fused_token_share": "the same kernels with several tokens for each expert",
+        "expert.low_efficiency": "the same kernels with low-precision copies alone",
+        "expert.low_token_share": "the same with several tokens for each expert",
         **_run_sources(found.runs),
     }
 

@@ -28,6 +28,8 @@ FEW_LAYERS, MORE_LAYERS = 3, 9
 #: Depth of the models whose layers' floor is measured: more than a GPU's caches hold.
 FLOOR_LAYERS = 6
 TOP_K = 4
+#: Token ids that every model below has.
+VOCABULARY = 512
 CACHE_TOKENS = 512
 PROMPT = 64
 STEPS = 60
@@ -43,6 +45,9 @@ PUBLISHED = {
 #: Lengths of cache between which the time to read it is measured, and numbers of sequences.
 SHORT_CACHE, LONG_CACHE = 128, 2176
 SEQUENCES = (1, 4)
+
+#: Sequences of a step of several tokens, whose layers have a floor of their own.
+SEVERAL = 8
 
 #: A floor is at least this share of the layer: what is subtracted from it is a model.
 LEAST_FLOOR = 0.1
@@ -62,7 +67,7 @@ def tiny_dimensions(family: str, layers: int, wide: bool) -> Dimensions:
         intermediate=64 * unit,
         heads=8,
         head_dim=16 * unit,
-        vocabulary=512,
+        vocabulary=VOCABULARY,
         kv_heads=8 if family.startswith("deepseek") else 2,
         shared_intermediate=64 * unit,
         dense_intermediate=64 * unit,
@@ -146,7 +151,9 @@ class Decoding:
     ) -> None:
         self._model, self._bench = model, bench
         self._cache = StaticCache(config=model.config, max_cache_len=cache_tokens)
-        self._token = torch.arange(prompt, device=bench.device).repeat(sequences, 1)
+        # Sequences that differ from the start choose different experts.
+        starts = torch.arange(sequences, device=bench.device)[:, None] * prompt
+        self._token = (starts + torch.arange(prompt, device=bench.device)) % VOCABULARY
         self._length = 0
         self.prefill_s = self._timed()
 

@@ -32,8 +32,10 @@ from runtime.calibration.experts import (  # noqa: E402
     CpuRates,
     ExpertRow,
     Experts,
+    Low,
     measure_dense,
     measure_fused,
+    measure_low,
     measure_token_share,
 )
 from runtime.calibration.fits import ExpertTime, Line, Thinking  # noqa: E402
@@ -62,7 +64,7 @@ from runtime.calibration.models import (  # noqa: E402
     Layers,
     Reads,
     kv_time,
-    layers_s,
+    layer_times,
     noted,
 )
 from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
@@ -204,7 +206,13 @@ def test_reads_are_those_that_a_simulated_layer_is_charged(bench, tmp_path):
     graph = Costs(profile, model_sizes("qwen3-30b")).graph
     assert graph is not None
     charged = graph.attention_s(1, 0) + dims.top_k * graph.expert_s(1)
-    assert charged == pytest.approx(graph.floor_s + reads.weights_s(dims), rel=0.01)
+    assert charged == pytest.approx(graph.floor_s + reads.weights_s(dims, 8, 1), rel=0.01)
+    # Four tokens that choose 24 experts between them.
+    further = 4 * dims.top_k - 24
+    several = graph.attention_s(4, 0) + 24 * graph.expert_s(1)
+    several += further * (graph.expert_s(2) - graph.expert_s(1))
+    read_s = reads._replace(token_share=0.2).weights_s(dims, 24, 4)
+    assert several == pytest.approx(6e-5 + read_s, rel=0.01)
 
 
 def test_the_parts_of_a_round_trip_add_up_and_are_never_nothing():
@@ -368,7 +376,7 @@ def test_every_event_of_a_decoding_model_is_noted(bench):
 
 def test_no_layer_is_timed_where_none_is_captured(bench):
     dims = middle_dimensions("qwen3_moe", 2, wide=False)
-    assert layers_s("qwen3_moe", bench, dims, [(64, 1), (64, 2)]) == []
+    assert layer_times("qwen3_moe", bench, dims, [(64, 1), (64, 2)]) == []
     graphs = measure_graphs(bench)
     assert graphs.launch_s == 0.0
     assert LEAST_PART_S <= graphs.sync_s < 1.0
@@ -452,9 +460,10 @@ FOUND = run.Measured(
     dense=Line(3e-6, 0.7, 1e-6),
     fused=Line(4e-6, 0.85, 2e-6),
     token_share=0.2,
+    low=Low({"4": 0.6, "8": 0.8}, 0.05),
     layers=Layers(
-        {"qwen3_moe": 4e-5, "any": 4.5e-5}, {"qwen3_moe": 0.2, "any": 0.3},
-        {"qwen3_moe": 2e-8, "any": 1e-8},
+        {"qwen3_moe": 4e-5, "any": 4.5e-5}, {"qwen3_moe": 6e-5, "any": 7e-5},
+        {"qwen3_moe": 0.2, "any": 0.3}, {"qwen3_moe": 2e-8, "any": 1e-8},
     ),
     runs=Runs(
         HostCosts(
@@ -490,6 +499,9 @@ def test_what_runs_tell_stands_in_the_profile(bench, tmp_path):
     assert profile.gpu.workspace_bytes == 9_000_000
     assert profile.expert.fused_efficiency == 0.85
     assert profile.expert.fused_token_share == 0.2
+    assert profile.expert.low_efficiency == {"4": 0.6, "8": 0.8}
+    assert profile.expert.low_token_share == 0.05
+    assert software.several_floor_s == {"qwen3_moe": 6e-5, "any": 7e-5}
     assert software.dense_efficiency == 0.7
     assert software.kv_efficiency == {"qwen3_moe": 0.2, "any": 0.3}
     assert software.kv_token_s == {"qwen3_moe": 2e-8, "any": 1e-8}
@@ -565,6 +577,10 @@ def test_the_kernels_that_graphs_need_can_be_timed_anywhere(bench):
         assert found.beta > 0
         assert math.isfinite(found.residual)
     assert 0 <= measure_token_share(bench, 1e10, found) < 100
+    low = measure_low(bench, 1e10)
+    assert low.efficiency.keys() == {"4"}
+    assert low.efficiency["4"] > 0
+    assert low.token_share >= 0
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,32 @@ def test_floors_and_reads_add() -> None:
     assert graph.head_s == 0.0
 
 
+def test_several_tokens_have_a_floor_of_their_own() -> None:
+    profile = captured(machine(expert_s=1e-4))
+    model = example_model(2, 8, 2)
+    one, same = (GraphCosts(profile, model).attention_s(n, 0) for n in (1, 2))
+    assert same == one
+    software = replace(profile.software, several_floor_s={"any": 3e-5})
+    several = GraphCosts(replace(profile, software=software), model)
+    assert several.attention_s(1, 0) == one
+    assert several.attention_s(2, 0) == pytest.approx(one + 3e-5 - several.floor_s)
+
+
+def test_low_copies_are_read_at_a_rate_of_their_own() -> None:
+    profile = captured(machine(expert_s=1e-4))
+    model = example_model(2, 8, 2)
+    unknown = GraphCosts(profile, model)
+    assert [unknown.low_expert_s(n) for n in (1, 3)] == [unknown.expert_s(n) for n in (1, 3)]
+    expert = replace(profile.expert, low_efficiency={"4": 0.5}, low_token_share=0.25)
+    measured = replace(profile, expert=expert)
+    graph = GraphCosts(measured, model, low_bits=4)
+    read_s = model.expert_bytes_at(4) / (0.5 * profile.gpu.memory_bytes_per_s)
+    assert graph.low_expert_s(1) == pytest.approx(read_s)
+    assert graph.low_expert_s(5) == pytest.approx(2 * read_s)
+    other = GraphCosts(measured, model, low_bits=8)
+    assert other.low_expert_s(1) == other.expert_s(1)
+
+
 FAMILIES = {
     "mixtral": "mixtral", "qwen1.5": "qwen2_moe", "qwen3": "qwen3_moe", "olmoe": "olmoe",
     "deepseek-v2": "deepseek_v2", "deepseek-v3": "deepseek_v3", "gpt-oss": "gpt_oss",

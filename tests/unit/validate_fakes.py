@@ -25,6 +25,8 @@ class FakeReal:
     measured: ClassVar[dict[str, Any]] = {}
     #: The link's rate in one run after the other, if given.
     rates: ClassVar[list[float]] = []
+    #: The host's speed likewise.
+    speeds: ClassVar[list[float]] = []
     #: policy, or batch size -> what its run or the session's start raises
     raises: ClassVar[dict[str | int, BaseException]] = {}
     opened: ClassVar[list[FakeReal]] = []
@@ -60,11 +62,14 @@ class FakeReal:
             "host_peak_bytes": 5000,
             "link_busy_of_stall": 0.97,
             "link_bytes_per_s": 1e9,
+            "host_speed": 0.99,
             "step_s": [longer * (row.end_s - row.start_s) for row in recording.steps],
         }
         measured |= self.measured
         if self.rates:
             measured["link_bytes_per_s"] = self.rates.pop(0)
+        if self.speeds:
+            measured["host_speed"] = self.speeds.pop(0)
         result = replace(result, world=self.world, time=time)
         return result, recording if spans else None, SimpleNamespace(**measured)
 
@@ -83,6 +88,7 @@ def real(monkeypatch: pytest.MonkeyPatch) -> type[FakeReal]:
         change: ClassVar[dict[str, Any]] = {}
         measured: ClassVar[dict[str, Any]] = {}
         rates: ClassVar[list[float]] = []
+        speeds: ClassVar[list[float]] = []
         raises: ClassVar[dict[str | int, BaseException]] = {}
         opened: ClassVar[list[FakeReal]] = []
 
