@@ -7,13 +7,15 @@ sequence's j-th decode token; the next sequences start when the batch is empty.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
 from policies.routing import DECODE, PREFILL, Step
-from policies.scheduling import BatchScheduler, FileOrder
+from policies.schedule import GroupedStep, Schedule, Seating
+from policies.scheduling import BatchScheduler, FileOrder, TokenScheduler
 from traces.trace import FloatArray, IntArray, TokenSequence, Trace
 
 #: Accesses that one block may hold: bounds the memory of a run, not its result.
@@ -26,6 +28,7 @@ class Block:
 
     *experts* is [n, T, L, k]; *flat* lists the demand of every event one after the other,
     *lengths* [n, L] says how long each is, *counts* the tokens per expert (None: all one).
+    A decode step of a token scheduler is a block of its own, *seating* says how it lies.
     """
 
     phase: str
@@ -38,16 +41,31 @@ class Block:
     weights: FloatArray | None = None
     ahead: tuple[IntArray, ...] = ()
     next_use: IntArray | None = field(default=None)
+    seating: Seating | None = None
+
+
+class SeatedStep(Step):
+    """A decode step of a token scheduler."""
+
+    __slots__ = ("seating",)
+
+    def __init__(self, number: int, phase: str, size: int, seating: Seating) -> None:
+        super().__init__(number, phase, size)
+        self.seating = seating
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What runs: the sequences of *trace*, *batch* at a time, as *scheduler* arranges them."""
+    """What runs: the sequences of *trace*, *batch* at a time, as *scheduler* arranges them.
+
+    A token scheduler's decode steps are those of *schedule*, which it needs.
+    """
 
     trace: Trace
     batch: int = 1
     scheduler: BatchScheduler = field(default_factory=FileOrder)
     columns: Collection[str] | None = None
+    schedule: Schedule | None = None
 
     def members(self) -> Iterator[list[TokenSequence]]:
         """The sequences of each batch."""
@@ -56,9 +74,34 @@ class Batches:
     def blocks(self) -> Iterator[Block]:
         """Every step of the run, as blocks."""
         experts = self.trace.model.experts
+        if not isinstance(self.scheduler, TokenScheduler):
+            for members in self.members():
+                yield from _prefill(members, experts)
+                yield from _decode(members, experts)
+            return
+        if self.schedule is None:
+            raise ValueError(f"scheduler {self.scheduler.name!r}: the run has no schedule")
+        for unit, grouped in zip(self.units(), self.schedule.units, strict=True):
+            for members in unit:
+                yield from _prefill(members, experts)
+            yield from _grouped([m for members in unit for m in members], grouped, experts)
+
+    def units(self) -> Iterator[list[list[TokenSequence]]]:
+        """The batches that decode together: one, or a token scheduler's unit."""
+        size = self.scheduler.unit if isinstance(self.scheduler, TokenScheduler) else 1
+        source = iter(self.members())
+        while unit := list(islice(source, size)):
+            yield unit
+
+    def decode_shapes(self) -> set[tuple[int, int]]:
+        """Every (first row in the KV cache, number of sequences) of a decode step."""
+        if self.schedule is not None:
+            return self.schedule.decode_shapes()
+        shapes: set[tuple[int, int]] = set()
         for members in self.members():
-            yield from _prefill(members, experts)
-            yield from _decode(members, experts)
+            decoded = [len(m) - m.prefill for m in members]
+            shapes |= {(0, sum(1 for d in decoded if d >= end)) for end in decoded if end}
+        return shapes
 
     def steps(self) -> Iterator[Step]:
         """Every step of the run."""
@@ -66,7 +109,10 @@ class Batches:
 
     def peak_kv_tokens(self) -> int:
         """Most tokens whose keys and values are held at once."""
-        return max(sum(int(m.positions[-1]) + 1 for m in batch) for batch in self.members())
+        return max(
+            sum(int(m.positions[-1]) + 1 for members in unit for m in members)
+            for unit in self.units()
+        )
 
 
 def _prefill(members: list[TokenSequence], experts: int) -> Iterator[Block]:
@@ -90,6 +136,19 @@ def _decode(members: list[TokenSequence], experts: int) -> Iterator[Block]:
             chosen = np.stack([m.experts[s] for m, s in zip(live, spans, strict=True)], axis=1)
             yield _block(DECODE, chosen, live, spans, experts)
             done = upto
+
+
+def _grouped(
+    members: list[TokenSequence], grouped: Sequence[GroupedStep], experts: int
+) -> Iterator[Block]:
+    """The decode steps of a unit's *members* as they were scheduled, a block each."""
+    for step in grouped:
+        inside = [members[i] for i in step.members.tolist()]
+        spans = [slice(m.prefill + step.round, m.prefill + step.round + 1) for m in inside]
+        chosen = np.stack([m.experts[s] for m, s in zip(inside, spans, strict=True)], axis=1)
+        block = _block(DECODE, chosen, inside, spans, experts)
+        block.seating = step.seating
+        yield block
 
 
 def _block(
@@ -145,7 +204,11 @@ def steps(source: Iterator[Block]) -> Iterator[Step]:
         future = None if block.next_use is None else _nested(block.next_use, block.lengths)
         details = _Details(block)
         for i, per_layer in enumerate(demand):
-            step = Step(number, block.phase, block.experts.shape[1])
+            width, seating = block.experts.shape[1], block.seating
+            if seating is None:
+                step = Step(number, block.phase, width)
+            else:
+                step = SeatedStep(number, block.phase, width, seating)
             step.demand = per_layer
             step._experts = block.experts[i]
             step._counts = counts[i] if counts else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from policies.costs import Costs
+from policies.kv_moves import SchedulingTimes
 from policies.memory import TwoPrecisions, activations_bytes
 from policies.planner import Planner
 from policies.registry import values_of
@@ -45,6 +46,7 @@ class World(Protocol):
     decode_tokens: int
     prefill_tokens: int
     prefill_s: float
+    scheduling: SchedulingTimes
 
     @property
     def decode_step_s(self) -> Sequence[float]: ...
@@ -113,6 +115,7 @@ def result_of(session: TraceSession, world: World) -> Result:
         depth=setup.depth,
         train=setup.train or "",
         quality=None if planner.policy.exact else _quality(planner, world.accesses),
+        schedule=_schedule(session, world),
     )
 
 
@@ -226,6 +229,24 @@ def _quality(planner: Planner, accesses: int) -> dict[str, float]:
     weight = tally["weight"] or 1.0
     shares = {f"{kind}_accesses": tally[kind] / accesses for kind in QUALITY}
     return shares | {f"{kind}_weight": tally[f"{kind}_weight"] / weight for kind in QUALITY}
+
+
+def _schedule(session: TraceSession, world: World) -> dict[str, float] | None:
+    """What a token scheduler did and cost; None without one."""
+    if session.schedule is None:
+        return None
+    tally, steps = session.schedule.tally, session.schedule.tally.steps or 1
+    times = world.scheduling
+    return {
+        "divisions": tally.divisions,
+        "moved": tally.moved,
+        "moved_bytes": tally.moved_kv_tokens * session.model.kv_bytes_per_token,
+        "follow_s": times.kv_s,
+        "divide_s": times.host_s,
+        "waited_s": times.waited_s,
+        "distinct_experts": tally.distinct / steps,
+        "distinct_in_file_order": tally.distinct_file_order / steps,
+    }
 
 
 #: Ways in which an expert can be served that change the output.

@@ -69,6 +69,7 @@ class Result:
     bounds: dict[str, float]
     decisions_sha256: str
     quality: dict[str, float] | None = None
+    schedule: dict[str, float] | None = None
     scheduler: str = "none"
     depth: int = 2
     train: str = ""
@@ -87,8 +88,9 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the schema first."""
         values = dataclasses.asdict(self)
-        if values["quality"] is None:
-            del values["quality"]
+        for part in ("quality", "schedule"):
+            if values[part] is None:
+                del values[part]
         return {"schema": values.pop("schema"), **values}
 
     def to_json(self) -> str:

@@ -22,7 +22,15 @@ from policies.memory import Shape, shape_of
 from policies.planner import Planner, run_counts
 from policies.registry import FORECASTERS, POLICIES, SCHEDULERS
 from policies.routing import Step
-from policies.scheduling import BatchScheduler
+from policies.schedule import Schedule, make_schedule, no_clock
+from policies.scheduling import BatchScheduler, TokenScheduler
+from policies.token_paths import (
+    ForecastPaths,
+    HistoryPaths,
+    PathSource,
+    PreviousPaths,
+    path_forecaster,
+)
 from policies.training import learn
 from traces.errors import InputError
 from traces.model import ModelSpec
@@ -99,6 +107,7 @@ class TraceSession:
     setup: Setup
     _belady: dict[int, int] = field(default_factory=dict)
     _expected: dict[int, Callable[[], int]] = field(default_factory=dict)
+    _division_s: list[float] | None = None
 
     def __post_init__(self) -> None:
         for option, least in (("batch", 1), ("depth", 1), ("seed", 0)):
@@ -146,7 +155,56 @@ class TraceSession:
     def batches(self, columns: frozenset[str] = frozenset()) -> Batches:
         """The batches of a run that needs *columns* of the trace."""
         trace = self.stored if columns else self._routing
-        return Batches(trace, self.setup.batch, self.scheduler, columns)
+        return Batches(trace, self.setup.batch, self.scheduler, columns, self.schedule)
+
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """The decode steps of a token scheduler, decided once for all runs; else None."""
+        if not isinstance(self.scheduler, TokenScheduler):
+            return None
+        return self._make_schedule(self.scheduler)
+
+    def division_s(self, clock: Callable[[], float]) -> Sequence[float]:
+        """What dividing tokens takes before each decode step, by *clock*; worked out once."""
+        if not isinstance(self.scheduler, TokenScheduler):
+            return ()
+        if self._division_s is None:
+            made = self._make_schedule(self.scheduler, clock)
+            self._division_s = [step.seating.measured_s for unit in made.units for step in unit]
+        return self._division_s
+
+    def _make_schedule(
+        self, scheduler: TokenScheduler, clock: Callable[[], float] = no_clock
+    ) -> Schedule:
+        """Let *scheduler* begin anew and decide every step."""
+        model, setup = self.model, self.setup
+        context = Context(
+            model.layers,
+            model.experts,
+            model.top_k,
+            model.total_experts,
+            batch=setup.batch,
+            seed=setup.seed,
+            training=self.training,
+        )
+        forecaster = self._path_forecaster(scheduler)
+        columns = self._columns(("forecaster", forecaster))
+        paths: PathSource = PreviousPaths(model.experts)
+        if forecaster is not None:
+            paths = ForecastPaths(forecaster, context)
+        elif scheduler.paths == "history":
+            paths = HistoryPaths(model.experts)
+        scheduler.reset(context)
+        batches = Batches(
+            self.stored if columns else self._routing, setup.batch, scheduler, columns
+        )
+        return make_schedule(batches.units(), scheduler, paths, model, setup.batch, clock)
+
+    def _path_forecaster(self, scheduler: TokenScheduler) -> Forecaster | None:
+        """A forecaster of *scheduler*'s own, where it is shown a forecaster's paths."""
+        option = self.setup.forecaster
+        named = FORECASTERS.build(option) if option else None
+        return path_forecaster(scheduler, named, option)
 
     @cached_property
     def future(self) -> Future:
@@ -160,8 +218,11 @@ class TraceSession:
 
     @cached_property
     def shape(self) -> Shape:
-        """How large the passes of a run become."""
-        return shape_of(self.batches().members())
+        """How large the passes of a run become; a unit has rows in the cache for each batch."""
+        shape = shape_of(self.batches().members())
+        if self.schedule is not None:
+            shape = dataclasses.replace(shape, sequences=self.schedule.rows)
+        return shape
 
     def slots(self, budget: Budget) -> int:
         """The slots that *budget* buys for this model on this machine."""
@@ -223,7 +284,9 @@ class TraceSession:
     def check(self, policy_text: str, budget: Budget) -> None:
         """Raise what a run would raise before it starts."""
         policy = POLICIES.build(policy_text)
-        self._columns(policy, self._forecaster(policy))
+        self._columns(("policy", policy), ("forecaster", self._forecaster(policy)))
+        if isinstance(self.scheduler, TokenScheduler):
+            self._columns(("forecaster", self._path_forecaster(self.scheduler)))
         self.slots(budget)
 
     def prepare(
@@ -232,7 +295,7 @@ class TraceSession:
         """Build policy, forecaster and planner for one run, and the steps it will take."""
         policy = POLICIES.build(policy_text)
         forecaster = self._forecaster(policy)
-        columns = self._columns(policy, forecaster)
+        columns = self._columns(("policy", policy), ("forecaster", forecaster))
         costs = self.costs(policy)
         context = self._informed(policy, self.context(self.slots(budget), costs, policy.name))
         share = costs.low_bytes / costs.full_bytes
@@ -275,7 +338,7 @@ class TraceSession:
             name = "ahead" if self.stored.ahead_depth else "markov"
         return FORECASTERS.build(name)
 
-    def _columns(self, policy: Policy, forecaster: Forecaster | None) -> frozenset[str]:
+    def _columns(self, *plugins: tuple[str, Policy | Forecaster | None]) -> frozenset[str]:
         """Columns of the trace that the plug-ins need; what it lacks is an input error."""
         have = {
             "weights": self.stored.has_weights,
@@ -287,7 +350,7 @@ class TraceSession:
         names = {"weights": ["weights"], "tokens": ["token"]}
         names["ahead"] = [f"ahead_{d + 1}" for d in range(self.stored.ahead_depth)]
         columns: set[str] = set()
-        for kind, plugin in (("policy", policy), ("forecaster", forecaster)):
+        for kind, plugin in plugins:
             for need in plugin.needs if plugin is not None else ():
                 if need not in have:
                     raise InputError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from policies.costs import Costs
+from policies.kv_moves import SchedulingTimes
 from policies.planner import Plan, Planner
 from policies.recording import Recording
 from policies.result import CAUSES
@@ -76,6 +77,7 @@ class RealWorld:
         self.steps = self.accesses = self.late = 0
         self.decode_tokens = self.prefill_tokens = 0
         self.prefill_s = 0.0
+        self.scheduling = SchedulingTimes()
         self.decode_step_s = array("d")
         self.decode_step_tokens = array("q")
         #: Seconds by cause of the marked steps of each phase.

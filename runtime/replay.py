@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import StaticCache
 
-from policies.batching import Batches
+from policies.kv_moves import SchedulingTimes, seating_of, waited_s
 from policies.routing import DECODE, Step
+from policies.schedule import Seating
 from policies.session import TraceSession
 from runtime.forcing import ForcedRouting
 from runtime.graphs import decode_graphs
 from runtime.hook import Hook
+from runtime.lanes import Mark
 from runtime.maths import Reference
 from runtime.measuring import RealWorld
 from runtime.offloading import Options
+from runtime.replay_caches import ReplayCaches
 from runtime.steps import ReplayedSteps
 
 
@@ -29,6 +31,10 @@ class Replay:
     token of each live sequence over a static cache as long as the trace's last position.
     Tokens are drawn at random (the trace decides where they go). What is set up lazily, and
     the capture of graphs, is done before the clock starts.
+
+    Under a token scheduler keys and values follow their sequences before a step. Who decodes
+    with whom has been decided before the run; the time that took on this host is waited for
+    where no step hides it.
     """
 
     def __init__(self, model: Any, hook: Hook, session: TraceSession, options: Options) -> None:
@@ -38,10 +44,14 @@ class Replay:
         self._forced.__enter__()
         self._graphs = decode_graphs(hook, model.forward) if options.graphs else None
         self._device = hook.engine.lanes.device
-        self._sizes = _decode_sizes(session.batches())
-        self._longest, self._most = session.shape.cache_tokens, session.shape.prompt_tokens
-        self._caches: dict[int, Any] = {}
-        self._inputs: dict[int, dict[str, Any]] = {}
+        self._keys = session.batches().decode_shapes()
+        self._most = session.shape.prompt_tokens
+        longest, self._schedule = session.shape.cache_tokens, session.schedule
+        self._caches = ReplayCaches(model, self._device, longest, self._schedule)
+        self._times = SchedulingTimes()
+        self._divisions_s = iter(session.division_s(hook.engine.lanes.now))
+        #: Marks around what moved keys and values, not read yet.
+        self._following: list[tuple[Mark, Mark]] = []
         self._random = np.random.default_rng(0)
 
     def run(self, steps: Iterable[Step], world: RealWorld) -> None:
@@ -49,21 +59,24 @@ class Replay:
         self._warm_up()
         sequences: frozenset[int] = frozenset()
         for step in steps:
-            ids = frozenset(step.sequence_ids.tolist())  # type: ignore[union-attr]
-            if not ids <= sequences:
-                self._rewind()
+            ids, seating = frozenset(step.sequence_ids.tolist()), seating_of(step)  # type: ignore[union-attr]
+            if seating.first if seating is not None else not ids <= sequences:
+                self._caches.rewind()
             sequences = ids
-            self._run_step(step, world)
+            self._run_step(step, seating, world)
         world.finish()
+        if self._schedule is not None:
+            self._hook.engine.lanes.finish()
+            self._read_following()
+            world.scheduling = self._times
 
     def close(self) -> None:
         """Take the hooks off the model and forget its caches."""
         self._forced.__exit__(None, None, None)
         self._graphs = None
         self._caches.clear()
-        self._inputs.clear()
 
-    def _run_step(self, step: Step, world: RealWorld) -> None:
+    def _run_step(self, step: Step, seating: Seating | None, world: RealWorld) -> None:
         """One step, from its tokens on the host to the next ones on the host."""
         hook, engine = self._hook, self._hook.engine
         chosen = torch.from_numpy(np.ascontiguousarray(step._experts.swapaxes(0, 1)))  # type: ignore[union-attr]
@@ -73,17 +86,50 @@ class Replay:
         if isinstance(hook.maths, Reference):
             hook.maths.decoding = decoding
         engine.lanes.finish()
+        self._read_following()
         world.begin(decoding)
         begun = engine.lanes.now()
+        if seating is not None:
+            self._await_division(seating, world.decode_step_s[-1] if world.decode_step_s else 0.0)
         hook.step = step
         engine.begin(step)
-        logits = self._decode(tokens) if decoding else self._prefill(tokens)
+        if seating is not None:
+            self._follow(step, seating)
+        logits = self._decode(tokens, seating) if decoding else self._prefill(tokens)
         engine.watch.split("attention")
         # The next token, on the host: a step lasts until it is there.
         logits.argmax(dim=-1).cpu()
         world.add(step, engine.lanes.now() - begun)
         engine.end()
         hook.step = None
+
+    def _await_division(self, seating: Seating, step_before_s: float) -> None:
+        """Wait for as long as no step hides that the sequences are divided into groups."""
+        divided_s = next(self._divisions_s)
+        seconds = waited_s(seating, divided_s, step_before_s)
+        self._times.host_s += divided_s
+        self._times.waited_s += seconds
+        now = self._hook.engine.lanes.now
+        end = now() + seconds
+        while now() < end:
+            pass
+
+    def _follow(self, step: Step, seating: Seating) -> None:
+        """Keys and values go where *step* needs them, on the computing lane."""
+        if not seating.moves and seating.kv == "merge":
+            return
+        lanes = self._hook.engine.lanes
+        before = lanes.mark()
+        self._caches.follow(step, seating)
+        self._following.append((before, lanes.mark()))
+
+    def _read_following(self) -> None:
+        """Add up what moving keys and values took; the device has done all of it."""
+        lanes = self._hook.engine.lanes
+        for before, after in self._following:
+            self._times.kv_s += lanes.read(after) - lanes.read(before)
+            lanes.recycle([before, after])
+        self._following.clear()
 
     @property
     def _vocabulary(self) -> int:
@@ -94,9 +140,8 @@ class Replay:
         logits: Tensor = self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
         return logits
 
-    def _decode(self, tokens: Tensor) -> Tensor:
-        size = len(tokens)
-        inputs = self._inputs[size]
+    def _decode(self, tokens: Tensor, seating: Seating | None) -> Tensor:
+        inputs = self._caches.inputs(len(tokens), seating)
         inputs["input_ids"].copy_(tokens.unsqueeze(1), non_blocking=True)
         if self._graphs is not None and self._graphs.suits(inputs):
             logits: Tensor = self._graphs.run(inputs).logits
@@ -106,74 +151,22 @@ class Replay:
 
     def _warm_up(self) -> None:
         """Caches, graphs and everything that is set up when it is first used."""
-        for size in sorted(self._sizes, reverse=True):
-            self._inputs[size] = self._make_inputs(size)
-            self._force_anything(size)
+        # The largest first: the others use its memory.
+        for key in sorted(self._keys, key=lambda key: (-key[1], key[0])):
+            inputs = self._caches.make(key)
+            self._force_anything(key[1])
             with self._hook.without_experts():
-                self._model(**self._inputs[size])
-            self._share_cache(size)
+                self._model(**inputs)
+            self._caches.settle(key)
             if self._graphs is not None:
-                self._graphs.warm(self._inputs[size])
+                self._graphs.warm(inputs)
         if self._most:
             self._force_anything(self._most)
             with self._hook.without_experts():
                 self._prefill(torch.zeros(self._most, dtype=torch.int64))
-        self._rewind()
+        self._caches.rewind()
 
     def _force_anything(self, tokens: int) -> None:
         gates = self._hook.gates
         chosen = torch.arange(gates[0].top_k).expand(len(gates), tokens, -1)
         self._forced.set(chosen.to(self._device))
-
-    def _make_inputs(self, size: int) -> dict[str, Any]:
-        cache = StaticCache(config=self._model.config, max_cache_len=self._longest)
-        self._caches[size] = cache
-        return {
-            "input_ids": torch.zeros(size, 1, dtype=torch.int64, device=self._device),
-            "position_ids": torch.full((size, 1), self._longest // 2, device=self._device),
-            "attention_mask": self._masks(cache, size),
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-
-    def _masks(self, cache: Any, size: int) -> Any:
-        """Masks that show the whole cache: the cost of attention is that of its length."""
-        config = self._model.config
-        boolean = config._attn_implementation == "sdpa"
-
-        def visible(length: int) -> Tensor:
-            shape = (size, 1, 1, length)
-            if boolean:
-                return torch.ones(shape, dtype=torch.bool, device=self._device)
-            return torch.zeros(shape, dtype=self._model.dtype, device=self._device)
-
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if "sliding_attention" not in kinds:
-            return visible(self._longest)
-        window = min(int(config.sliding_window), self._longest)
-        return {
-            "full_attention": visible(self._longest),
-            "sliding_attention": visible(window),
-        }
-
-    def _share_cache(self, size: int) -> None:
-        """Smaller batches use the memory of the largest: they run when others have ended."""
-        largest = self._caches[max(self._caches)]
-        if self._caches[size] is largest:
-            return
-        for mine, whole in zip(self._caches[size].layers, largest.layers, strict=True):
-            mine.keys, mine.values = whole.keys[:size], whole.values[:size]
-
-    def _rewind(self) -> None:
-        """New sequences begin: the caches start from their first token."""
-        for cache in self._caches.values():
-            cache.reset()
-
-
-def _decode_sizes(batches: Batches) -> set[int]:
-    """How many sequences decode together, every number that occurs."""
-    sizes: set[int] = set()
-    for members in batches.members():
-        decoded = [len(m) - m.prefill for m in members]
-        sizes |= {sum(1 for d in decoded if d >= end) for end in decoded if end}
-    return sizes

@@ -40,7 +40,7 @@ class GraphSteps:
         env, pending, plan_event = world.env, world.link.pending, world.planner.plan
         sync_s, quiet_s = world.costs.sync_s, world.event_s + graph.launch_s
         access_s = world.access_s
-        attention = graph.attention_s(step.size, step.kv_tokens)
+        attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s
         one = graph.expert_s(1) if step.size == 1 else 0.0
         ideal_s = 0.0
         event = world.events
@@ -73,9 +73,9 @@ class GraphSteps:
         self._finish(attention, ideal_s + world.costs.least_access_s * accesses, len(step.demand))
 
     def _launch_first(self) -> None:
-        """The graph up to the first gate: the GPU is idle until it is launched."""
+        """The graph up to the first gate: the GPU moves KV, if anything, until it is launched."""
         world = self._world
-        start = world.host_free_s + self._graph.launch_s
+        start = max(world.host_free_s + self._graph.launch_s, world.gpu_free_s)
         world.host_s += start - world.gpu_free_s
         world.host_free_s = world.gpu_free_s = start
 
@@ -112,7 +112,7 @@ class GraphSteps:
         decide = world.env.now
         host = world.planned(routing, plan, decide)
         if plan.served:
-            seconds = world.served(routing, plan.served, seconds)
+            seconds = world.served(routing, plan.served, seconds, self._graph.low_expert_s)
         work = sum(seconds.values())
         awaited = []
         if world.link.pending:
@@ -142,5 +142,5 @@ class GraphSteps:
         world.attention_s += dense
         world.gpu_free_s += graph.head_s
         waiting = world.costs.sync_s + world.costs.least_event_s + graph.launch_s
-        begin = max(world.bound_host_s, world.bound_gpu_s)
-        world.bound_gpu_s = begin + graph.launch_s + layers * waiting + dense + ideal_s
+        begin = max(world.bound_host_s + graph.launch_s, world.bound_gpu_s)
+        world.bound_gpu_s = begin + layers * waiting + dense + ideal_s

@@ -21,6 +21,7 @@ from policies.planner import NOTHING, Plan, Planner, blame
 from policies.recording import Recording
 from policies.result import CAUSES
 from policies.routing import DECODE, Routing, Step
+from sim.following import Following
 from sim.graphs import GraphSteps
 from sim.link import Link
 from sim.observer import Observer
@@ -62,6 +63,9 @@ class World:
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self._wake_s = costs.wake_s
         self._graphs = GraphSteps(self, costs.graph) if costs.graph is not None else None
+        self.following = Following(self)
+        #: What a token scheduler has cost so far.
+        self.scheduling = self.following.times
         self.host_free_s = self.gpu_free_s = self.cpu_free_s = 0.0
         self.bound_host_s = self.bound_gpu_s = 0.0
         self.attention_s = self.experts_s = self.host_s = 0.0
@@ -129,6 +133,7 @@ class World:
 
     def _begin(self, step: Step) -> Sequence[Move]:
         """What a policy fetches before the first layer."""
+        self.following.begin(step)
         moves = self.planner.begin(step)
         if moves:
             self.link.advance(self.host_free_s)
@@ -140,7 +145,7 @@ class World:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap."""
         env, costs, pending, plan_event = self.env, self.costs, self.link.pending, self.planner.plan
         attention, group_s, thinking = self._attention(step), costs.group_s, self.event_s
-        access_s = self.access_s
+        access_s, issue_gate_s = self.access_s, costs.issue_gate_s + self.following.issue_gather_s
         one = costs.expert_s(1) if step.size == 1 else 0.0
         ideal: list[tuple[int, float, float]] = []
         event = self.events
@@ -149,7 +154,7 @@ class World:
                 self.host_s += self.host_free_s - self.gpu_free_s
                 self.gpu_free_s = self.host_free_s
             gate = self.gpu_free_s + attention
-            launched = self.host_free_s + costs.issue_gate_s
+            launched = self.host_free_s + issue_gate_s
             if launched > gate:
                 self.host_s += launched - gate
                 gate = launched
@@ -182,7 +187,7 @@ class World:
 
     def _attention(self, step: Step) -> float:
         """GPU seconds of a layer before its gate has answered; books all layers of the step."""
-        attention = self.costs.attention_s(step.size, step.kv_tokens)
+        attention = self.costs.attention_s(step.size, step.kv_tokens) + self.following.gather_s
         self.attention_s += attention * len(step.demand)
         return attention
 
@@ -193,13 +198,14 @@ class World:
 
     def _bound(self, attention: float, ideal: list[tuple[int, float, float]]) -> None:
         """The same step with everything resident: what ``compute_s`` adds up."""
-        host, gpu = self.bound_host_s + self.costs.issue_gate_s, self.bound_gpu_s + attention
+        issue_gate_s = self.costs.issue_gate_s + self.following.issue_gather_s
+        host, gpu = self.bound_host_s + issue_gate_s, self.bound_gpu_s + attention
         thinking, access_s = self.costs.sync_s + self.costs.least_event_s, self.costs.least_access_s
         for accesses, issued, busy in ideal:
             start = (host if host > gpu else gpu) + (thinking + access_s * accesses)
-            host = start + issued + self.costs.issue_gate_s
+            host = start + issued + issue_gate_s
             gpu = start + busy + attention
-        self.bound_host_s, self.bound_gpu_s = host - self.costs.issue_gate_s, gpu - attention
+        self.bound_host_s, self.bound_gpu_s = host - issue_gate_s, gpu - attention
 
     def _serve(self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]) -> None:
         """An event that waits for copies or makes some."""
@@ -319,13 +325,18 @@ class World:
         routing: Routing,
         served: Mapping[int, Service | Substitute],
         full: dict[int, float],
+        low_s: Callable[[int], float] | None = None,
     ) -> dict[int, float]:
-        """GPU seconds of each copy that computes; what goes to the CPU is booked there."""
+        """GPU seconds of each copy that computes; what goes to the CPU is booked there.
+
+        *low_s* says what a low-precision copy takes, by tokens; without it, as long as a full one.
+        """
         seconds = {e: s for e, s in full.items() if e not in served}
         tokens = dict(zip(routing.experts, routing.counts, strict=True))
         for expert, service in served.items():
             if service is Service.LOW:
-                seconds[self.planner.context.low(expert)] = full[expert]
+                low = self.planner.context.low(expert)
+                seconds[low] = full[expert] if low_s is None else low_s(tokens[expert])
             elif isinstance(service, Substitute):
                 seconds[service.expert] = seconds.get(service.expert, 0.0) + full[expert]
             elif service is Service.CPU:

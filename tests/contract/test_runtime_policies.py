@@ -144,6 +144,40 @@ def test_a_depth_of_one_and_of_many(trace: str) -> None:
     assert len(shas) == 1
 
 
+#: Scheduler -> batch size, and whether keys and values move.
+SCHEDULED = {
+    "prompt-length": (2, False),
+    "expertflow": (2, True),
+    "expertflow:kv=reindex": (2, False),
+    "expertflow:unit=3,every=2,overlap=true": (1, False),
+    "prompt-routes:unit=2": (2, True),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULED)
+@pytest.mark.parametrize("policy", ["lru", "belady", "predictive", "mixed"])
+def test_every_scheduler(trace: str, scheduler: str, policy: str) -> None:
+    """Both worlds run the same groups; the real one moves or gathers keys and values for them."""
+    batch, moves = SCHEDULED[scheduler]
+    both = Worlds(Setup(trace, batch=batch, scheduler=scheduler))
+    try:
+        found, _ = both.compare(policy, 7)
+        expected, _ = both.sim.run(policy, Budget(slots=7))
+    finally:
+        both.real.close()
+    if scheduler == "prompt-length":
+        assert found.schedule is expected.schedule is None
+        return
+    counts = ("divisions", "moved", "moved_bytes", "distinct_experts", "distinct_in_file_order")
+    for name in counts:
+        assert found.schedule[name] == expected.schedule[name], name
+    assert (found.schedule["moved"] > 0) == moves
+    assert (found.schedule["follow_s"] > 0) == (moves or "reindex" in scheduler)
+    assert 0 <= found.schedule["waited_s"] <= found.schedule["divide_s"]
+    if batch > 1:
+        assert 0 < found.schedule["waited_s"] < found.breakdown_s["host"]
+
+
 def test_reference_kernels_decide_alike(trace: str) -> None:
     setup = Setup(trace)
     real = ReplaySession(setup, device="cpu", compute="reference", kernel="grouped_mm")
