@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, NamedTuple
 
 from policies.routing import Routing, Step
-from traces.trace import IntArray
+from traces.trace import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,30 @@ class Prediction(NamedTuple):
 Forecast = Sequence[Prediction]
 
 
+class Reuse(NamedTuple):
+    """How soon experts are used again, as seen from a step that has begun.
+
+    ``chances[w, expert]`` is the probability that the next ``windows[w]`` tokens of any of the
+    step's sequences use the expert. The step's own tokens do not count: of those the forecast
+    of its path tells. *windows* are whole numbers of tokens, rising; *chances* is
+    [windows, layers * experts].
+    """
+
+    windows: Sequence[int]
+    chances: FloatArray
+
+
+class StepForecast(list[Prediction]):
+    """The forecast of a step's path, which also answers what is used after the step.
+
+    *reuse* is the forecaster's method of that name. It answers for the step that runs.
+    """
+
+    def __init__(self, path: Iterable[Prediction], reuse: Callable[[], Reuse | None]) -> None:
+        super().__init__(path)
+        self.reuse = reuse
+
+
 class Forecaster(ABC):
     """Guesses which experts the coming events will demand.
 
@@ -125,8 +149,18 @@ class Forecaster(ABC):
         """Take every event's demand in order: called on offline forecasters only."""
 
     def on_step(self, step: Step) -> Forecast:
-        """A step begins: the forecast of its path, layer 0 being one event ahead."""
+        """A step begins: the forecast of its path, layer 0 being one event ahead.
+
+        A forecaster that answers :meth:`reuse` says so by ``StepForecast(path, self.reuse)``.
+        """
         return ()
+
+    def reuse(self) -> Reuse | None:
+        """What the tokens after the step that has begun use again; None if nothing is known.
+
+        Asked at most once in a step, and only where something must be evicted by it.
+        """
+        return None
 
     @abstractmethod
     def on_route(self, routing: Routing) -> Forecast:

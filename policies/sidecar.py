@@ -188,8 +188,11 @@ def _header(path: Path, text: str) -> dict[str, Any]:
         absent = [key for key in keys if not isinstance(values, dict) or key not in values]
         if absent:
             raise InputError(f"{path}: header has no {table}.{absent[0]}, expected one")
-    if not isinstance(header.get("windows"), list):
-        raise InputError(f"{path}: header has no windows, expected a list")
+    windows = header.get("windows")
+    if not isinstance(windows, list) or not all(type(w) is int and w > 0 for w in windows):
+        raise InputError(f"{path}: header has windows {windows!r:.40}, expected numbers of tokens")
+    if len(set(windows)) < len(windows):
+        raise InputError(f"{path}: header has windows {windows!r:.40}, expected each once")
     return header
 
 

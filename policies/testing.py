@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from policies.base import Context, Forecast, Forecaster, Policy
+from policies.base import Context, Forecast, Forecaster, Policy, StepForecast
 from policies.batching import Batches
 from policies.decisions import DecisionLog
 from policies.future import Future
@@ -311,6 +311,16 @@ class ForecasterContract:
                         assert list(scores) == sorted(scores, reverse=True), "not by likelihood"
                         assert all(0.0 <= score <= 1.0 for score in scores), "no probability"
 
+    def test_reuse_is_well_formed_and_asking_changes_nothing(self) -> None:
+        """Chances of all experts over windows that rise; they may be asked for at any event."""
+        trace = example_trace(8, lengths=(70, 9, 12), prefill=3)
+        for batch in (1, 3):
+            for asked_at in range(trace.model.layers + 1):
+                forecaster = _Asked(self.make_forecaster(), asked_at)
+                plain, asked = (self.run(trace, batch=batch, forecaster=f) for f in
+                                (self.make_forecaster(), forecaster))  # fmt: skip
+                assert plain == asked, "reuse() changes what is forecast"
+
     def test_a_trace_of_one_token(self) -> None:
         for prefill in (0, 1):
             self.run(example_trace(5, lengths=(1,), prefill=prefill))
@@ -322,6 +332,43 @@ class ForecasterContract:
         trace = example_trace(7, lengths=(90, 80, 3, 70), prefill=60)
         for batch in (1, 2, 4):
             self.run(trace, batch=batch)
+
+
+class _Asked(Forecaster):
+    """Passes everything on to *inner*, and asks for reuse before event *at* of every step.
+
+    Events of a step count from 0; *at* the number of layers asks after the last.
+    """
+
+    def __init__(self, inner: Forecaster, at: int) -> None:
+        self._inner, self._at = inner, at
+        self.offline = inner.offline  # type: ignore[misc]
+        self.reveal = inner.reveal  # type: ignore[method-assign]
+
+    def reset(self, context: Context) -> None:
+        self._context = context
+        self._inner.reset(context)
+
+    def on_step(self, step: Step) -> Forecast:
+        self._path = self._inner.on_step(step)
+        return self._checked(0, self._path)
+
+    def on_route(self, routing: Routing) -> Forecast:
+        return self._checked(routing.layer + 1, self._inner.on_route(routing))
+
+    def _checked(self, at: int, forecast: Forecast) -> Forecast:
+        if at == self._at and isinstance(self._path, StepForecast):
+            reuse = self._path.reuse()
+            if reuse is not None:
+                windows = list(reuse.windows)
+                assert windows, "no windows, expected None"
+                assert windows == sorted(set(windows)), "windows do not rise"
+                assert all(int(w) == w >= 1 for w in windows), "a window is no number of tokens"
+                shape = (len(windows), self._context.total)
+                assert reuse.chances.shape == shape, f"{reuse.chances.shape}, expected {shape}"
+                inside = (reuse.chances >= 0.0) & (reuse.chances <= 1.0)
+                assert inside.all(), "no probability"
+        return forecast
 
 
 def _forecasts(forecaster: Forecaster, steps: Iterable[Step]) -> Iterator[tuple[int, Forecast]]:

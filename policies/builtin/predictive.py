@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.base import Context, Forecast, Policy
+from policies.base import Context, Forecast, Policy, StepForecast
+from policies.builtin._counted import BesideLru, Duel
+from policies.builtin._next_use import NextUse
 from policies.future import NEVER
 from policies.orders import recency
 from policies.registry import parameter, register
 from policies.routing import Routing, Step
+from traces.errors import InputError
+
+#: How ``predictive`` chooses what to evict.
+EVICT = ("reuse", "recency")
 
 
 @register("predictive")
@@ -22,13 +28,18 @@ class Predictive(Policy):
     protected if it is held and fetched if it is not, nearest layer first, most likely first.
     Once the gate has chosen, a prefetched expert that was wrong becomes the first victim, a
     missed one is loaded ahead of every prefetch (the world's queue lets demand overtake).
-    Everything else is evicted least recently used.
+
+    Where the forecaster tells what the tokens after the step use again, the expert whose next
+    use is expected last is evicted, across layers or, with a pool for each, within one, and a
+    prefetch displaces only what is expected later than itself. Everything else is evicted
+    least recently used; so is all of it while recency names the better victims.
 
     A prefetch must be worth it. With chance p it hides up to a transfer behind the layers
     until its event; in any case it may hold up demand if it is still on the link at the next
     gate. Gain and cost are weighed in seconds, from calibrated constants, the policy's own
     count of what it put on the link, how often events miss, and how many of its earlier
-    prefetches came true.
+    prefetches came true. Where a layer does not cover a transfer, a prefetch also counts no
+    more than the misses that it avoids, against LRU replayed beside.
     """
 
     forecasts: ClassVar[bool] = True
@@ -38,13 +49,27 @@ class Predictive(Policy):
     margin: float = parameter(0.1, "least gain worth a slot, in transfers", low=0, high=1)
     confidence: float = parameter(0.35, "least chance worth protecting or fetching", low=0, high=1)
     protect: bool = parameter(True, "keep held experts that are forecast")
+    evict: str = parameter("reuse", "by forecasts of reuse where there are any, or by recency")
+    age: float = parameter(
+        0.2, "tokens by which a token without use delays the next; evict=reuse", low=0, high=8
+    )
+
+    def __post_init__(self) -> None:
+        if self.evict not in EVICT:
+            raise InputError(f"evict is {self.evict!r}, expected {' or '.join(EVICT)}")
 
     def reset(self, context: Context) -> None:
+        self._context = context
         self._recency = recency(context)
+        self._next_use: NextUse | None = None
         self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
         self._lag_s = 0.0
         self._missing = 0.5
         self._promised = self._kept = 8.0
+        saturated = context.transfer_s > context.layer_s
+        self._beside = BesideLru(context) if saturated else None
+        self._duel = Duel()
+        self._pinned: Sequence[int] = ()
         self._now = -1
         self._held: set[int] = set()
         self._due: dict[int, int] = {}
@@ -56,6 +81,7 @@ class Predictive(Policy):
         self._now = event = routing.event
         self._lag_s = max(0.0, self._lag_s - self._layer_s)
         experts, due, fetched = routing.experts, self._due, self._fetched
+        next_use = self._next_use
         if fetched:
             for expert in experts:
                 if expert in fetched:
@@ -63,27 +89,82 @@ class Predictive(Policy):
                     self._kept += 1.0
         missing = not self._held.issuperset(experts)
         self._missing += 0.02 * (missing - self._missing)
+        if self._beside is not None:
+            self._beside.use(experts, len(set(experts) - self._held) if missing else 0)
         for expert in self._named.pop(event, ()):
             if due.get(expert) == event:
                 del due[expert]
+                if next_use is not None:
+                    next_use.forget(expert)
                 if fetched.get(expert) == event:
                     del fetched[expert]
                     self._recency.first(expert)
         self._recency.touch(experts)
+        if next_use is not None:
+            self._pinned = experts
+            self._duel.use(experts)
+            next_use.use(event, experts)
 
     def on_load(self, copy: int) -> None:
         self._held.add(copy)
         self._recency.add(copy)
+        if self._next_use is not None:
+            self._next_use.add(copy)
         if copy in self._fetched:
             self._lag_s += self._transfer_s
+            if self._beside is not None:
+                self._beside.spend()
 
     def on_evict(self, copy: int) -> None:
+        if self._next_use is not None:
+            if self._duel.due():
+                self._judge(self._next_use, copy)
+            self._next_use.remove(copy)
         self._held.discard(copy)
         self._recency.remove(copy)
         self._fetched.pop(copy, None)
 
+    def _judge(self, next_use: NextUse, copy: int) -> None:
+        """Watch *copy*, which goes, and what the order that is not followed would have evicted."""
+        if not next_use.known:
+            return
+        lost = self._duel.lost
+        order = next_use.order(copy) if lost else self._least_recent(copy)
+        other = next((c for c in order if c in self._held and c not in self._pinned), copy)
+        self._duel.watch(*((other, copy) if lost else (copy, other)))
+
     def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
+        """Ready the order of eviction; what is held and foreseen counts before any fetch."""
+        ask = forecast.reuse if isinstance(forecast, StepForecast) else None
+        if ask is not None and self._next_use is None and self.evict == "reuse":
+            self._next_use = NextUse(self._context, self.age, self._held)
+        if self._beside is not None:
+            self._beside.begin()
+        if self._next_use is not None:
+            self._pinned = ()
+            self._duel.begin()
+            self._next_use.begin(step.number * self._context.layers, ask)
+            self._protect(forecast)
         return self._wanted(forecast)
+
+    def _protect(self, forecast: Forecast) -> None:
+        """Note the held experts that *forecast* names, before anything is fetched."""
+        for ahead, experts, scores in forecast:
+            event = self._now + ahead
+            named = self._named.setdefault(event, [])
+            for expert, score in zip(experts, scores, strict=True):
+                if score < self.confidence:
+                    break
+                if expert in self._held and self._due.get(expert, NEVER) > event:
+                    self._note(expert, event, score, named)
+
+    def _note(self, expert: int, event: int, chance: float, named: list[int]) -> None:
+        """Held *expert* is foreseen for *event*, earlier than before; *named* lists those."""
+        if self.protect:
+            self._due[expert] = event
+            named.append(expert)
+            if self._next_use is not None:
+                self._next_use.foresee(expert, event, chance)
 
     def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
         return self._wanted(forecast)
@@ -91,6 +172,7 @@ class Predictive(Policy):
     def _wanted(self, forecast: Forecast) -> Iterator[int]:
         """Note what is foreseen; yield what is worth fetching, nearest layer first."""
         held, due, confidence = self._held, self._due, self.confidence
+        next_use = self._next_use
         for ahead, experts, scores in forecast:
             event = self._now + ahead
             named = self._named.setdefault(event, [])
@@ -98,15 +180,16 @@ class Predictive(Policy):
                 if score < confidence:
                     break
                 if expert in held:
-                    if self.protect and due.get(expert, NEVER) > event:
-                        due[expert] = event
-                        named.append(expert)
+                    if due.get(expert, NEVER) > event:
+                        self._note(expert, event, score, named)
                 elif ahead <= self.horizon:
                     if score < self._least_chance(ahead):
                         break
                     due[expert] = self._fetched[expert] = event
                     self._promised += score
                     named.append(expert)
+                    if next_use is not None:
+                        next_use.foresee(expert, event, score)
                     yield expert
 
     def _least_chance(self, ahead: int) -> float:
@@ -123,10 +206,25 @@ class Predictive(Policy):
         spill = min(max(0.0, self._lag_s + transfer - layer), 2.0 * transfer)
         cost = self.caution * self._missing * spill + self.margin * transfer
         honest = min(1.0, self._kept / self._promised)
+        if self._beside is not None:
+            honest = min(honest, self._beside.worth)
+            if honest <= 0.0:
+                return 2.0
         return cost / (hidden * honest)
 
     def victims(self, incoming: int) -> Iterator[int]:
-        """Least recent first; what is foreseen only for demand, and the farthest first."""
+        """The farthest next use first, where it is known; a prefetch displaces farther ones only.
+
+        Where it is not: least recent first; what is foreseen only for demand, and the farthest
+        first.
+        """
+        if self._next_use is not None and self._next_use.known and not self._duel.lost:
+            if incoming in self._fetched:
+                return self._next_use.after(incoming)
+            return self._next_use.order(incoming)
+        return self._least_recent(incoming)
+
+    def _least_recent(self, incoming: int) -> Iterator[int]:
         due = self._due
         foreseen = []
         for copy in self._recency.order(incoming):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from policies.base import Context, Forecast, Forecaster, Prediction
+from policies.base import Context, Forecast, Forecaster, Prediction, Reuse, StepForecast
 from policies.forecasting import MAX_TOKENS, any_of, from_layer, last_rows, predictions
 from policies.registry import parameter, register_forecaster
 from policies.routing import Routing, Step
@@ -23,7 +23,7 @@ class RoutingPath(Forecaster):
 
     *file* is what ``simctl predictor forecast`` wrote for the trace that is run. With *beyond*
     the next step is named as well, from the chance that the next token uses an expert again.
-    The chances over longer spans are in :attr:`reuse`.
+    :meth:`reuse` has the chances over longer spans, after steps of any size.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
@@ -45,19 +45,6 @@ class RoutingPath(Forecaster):
                 f"{self.file}: holds the windows {self._sidecar.windows}, expected 1 for beyond"
             )
 
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """The spans of :attr:`reuse` in tokens."""
-        return self._sidecar.windows
-
-    @property
-    def reuse(self) -> FloatArray | None:
-        """Chance that the next w tokens of the step's sequences use each expert, [W, L * E].
-
-        Of the step that runs; None before the first and where nothing is forecast.
-        """
-        return self._reuse
-
     def check_trace(self, trace: Trace) -> None:
         """Raise :class:`InputError` unless the file was made of *trace*."""
         self._sidecar.check_trace(trace)
@@ -66,25 +53,33 @@ class RoutingPath(Forecaster):
         self._sidecar.check_model(context)
         self._context = context
         self._path: Forecast = ()
-        self._reuse: FloatArray | None = None
+        self._last_rows: IntArray | None = None
 
     def on_step(self, step: Step) -> Forecast:
-        self._path, self._reuse = (), None
+        self._path, self._last_rows = (), None
         if step.token_ids is None or step.sequence_ids is None or step.positions is None:
             return ()
         rows = self._sidecar.rows(step.sequence_ids, step.positions, step.token_ids)
-        if step.size > MAX_TOKENS:
-            return ()
-        experts = self._context.experts
-        path = list(predictions(self._chances(rows), 0, experts, self.floor))
-        self._reuse = self._used_again(rows, step)
-        if self.beyond:
-            path += self._next_step(self._reuse)
+        self._last_rows = rows[last_rows(step)[1]]
+        path: list[Prediction] = []
+        if step.size <= MAX_TOKENS:
+            path += predictions(self._chances(rows), 0, self._context.experts, self.floor)
+            if self.beyond:
+                path += self._next_step()
         self._path = path
-        return path
+        return StepForecast(path, self.reuse)
 
     def on_route(self, routing: Routing) -> Forecast:
         return from_layer(self._path, routing)
+
+    def reuse(self) -> Reuse | None:
+        """What the last token of each sequence of the step says of the tokens after it."""
+        rows, windows = self._last_rows, self._sidecar.windows
+        if rows is None or not windows:
+            return None
+        rising = sorted(range(len(windows)), key=windows.__getitem__)
+        chances = any_of(self._sidecar.arrays["reuse"][rows] / np.float32(FULL))
+        return Reuse([windows[i] for i in rising], chances.reshape(len(windows), -1)[rising])
 
     def _chances(self, rows: IntArray) -> FloatArray:
         """Chance that any of the tokens *rows* takes each expert, [L * E]."""
@@ -94,15 +89,10 @@ class RoutingPath(Forecaster):
         np.put_along_axis(chances, named, arrays["scores"][rows] / np.float32(FULL), axis=2)
         return any_of(chances.reshape(len(rows), -1))
 
-    def _used_again(self, rows: IntArray, step: Step) -> FloatArray:
-        """What the last token of each sequence of *step* says of the tokens after it."""
-        _, last = last_rows(step)
-        chances = self._sidecar.arrays["reuse"][rows[last]] / np.float32(FULL)
-        return any_of(chances).reshape(len(self.windows), -1)
-
-    def _next_step(self, reuse: FloatArray) -> list[Prediction]:
+    def _next_step(self) -> list[Prediction]:
         """The next step's events, as far from the present as they are."""
-        chances = reuse[self.windows.index(1)]
-        layers = self._context.layers
+        reuse, layers = self.reuse(), self._context.layers
+        assert reuse is not None
+        chances = reuse.chances[reuse.windows.index(1)]
         found = predictions(chances, 0, self._context.experts, self.floor)
         return [p._replace(ahead=p.ahead + layers) for p in found]

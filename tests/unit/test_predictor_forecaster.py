@@ -59,6 +59,18 @@ def changed(path: Path, **arrays: object) -> Path:
     return path
 
 
+def windowed(windows: list[object]) -> np.ndarray:
+    """A header with all that is needed, and *windows*."""
+    header = {
+        "version": 1,
+        "model": {"name": "tiny", "layers": 3, "experts": 6, "top_k": 2},
+        "trace": {"name": "x", "fingerprint": "0"},
+        "predictor": {"fingerprint": "0"},
+        "windows": windows,
+    }
+    return np.array(json.dumps(header))
+
+
 @pytest.fixture
 def trace() -> MemoryTrace:
     return example_trace(3)
@@ -99,8 +111,12 @@ def test_it_says_what_the_file_says(path: Path, trace: MemoryTrace) -> None:
                 pairs = sorted((-s, e) for s, e in zip(scores, named, strict=True) if s >= 0.5)
                 assert prediction.experts == [int(e) for _, e in pairs]
                 assert prediction.scores == pytest.approx([-s for s, _ in pairs], abs=1e-6)
-            reuse = stored["reuse"][row].reshape(2, -1) / 255
-            np.testing.assert_allclose(forecaster.reuse, reuse, atol=1e-6)
+            found = forecaster.reuse()
+            assert found is not None
+            assert list(found.windows) == [1, 4]
+            np.testing.assert_allclose(
+                found.chances, stored["reuse"][row].reshape(2, -1) / 255, atol=1e-6
+            )
         row += step.size
 
 
@@ -134,7 +150,7 @@ def test_beyond_the_step_lies_the_next_one(path: Path, trace: MemoryTrace) -> No
     later = [p for p in found if p.ahead > layers]
     assert later
     for prediction in later:
-        chances = forecaster.reuse[0][list(prediction.experts)]
+        chances = forecaster.reuse().chances[0][list(prediction.experts)]
         assert prediction.scores == pytest.approx(chances.tolist())
     event = step.number * layers
     after = forecaster.on_route(Routing(step, 0, step.demand[0], event))
@@ -174,7 +190,28 @@ def test_a_window_that_is_not_there(tmp_path: Path, trace: MemoryTrace) -> None:
     path = sidecar_of(tmp_path / "x.npz", trace, windows=(4,))
     with pytest.raises(InputError, match=r"holds the windows \(4,\), expected 1 for beyond"):
         FORECASTERS.build(f"routing-path:{path},beyond=true")
-    assert FORECASTERS.build(f"routing-path:{path}").windows == (4,)
+    path = sidecar_of(tmp_path / "none.npz", trace, windows=())
+    forecaster = FORECASTERS.build(f"routing-path:{path}")
+    forecaster.reset(context_of(trace, 8))
+    for step in Batches(trace, 2).steps():
+        forecaster.on_step(step)
+        assert forecaster.reuse() is None
+
+
+def test_reuse_is_of_the_last_tokens_taken_together_and_windows_rise(tmp_path: Path) -> None:
+    """After a prompt too long for a path as well; a file may list its windows in any order."""
+    trace = example_trace(3, lengths=(90, 70, 5), prefill=60)
+    path = sidecar_of(tmp_path / "x.npz", trace, windows=(8, 2))
+    forecaster = RoutingPath(str(path))
+    forecaster.reset(context_of(trace, 8))
+    step = next(Batches(trace, 3).steps())
+    assert list(forecaster.on_step(step)) == []
+    found = forecaster.reuse()
+    assert found is not None
+    assert list(found.windows) == [2, 8]
+    said = read_sidecar(path).arrays["reuse"][[59, 90 + 59, 90 + 70 + 4]] / 255
+    none = np.prod(1 - said, axis=0).reshape(2, -1)[::-1]
+    np.testing.assert_allclose(found.chances, 1 - none, atol=1e-5)
 
 
 def test_another_trace_is_refused(path: Path, trace: MemoryTrace) -> None:
@@ -218,6 +255,9 @@ def test_a_fingerprint_is_of_tokens_and_places_alone(trace: MemoryTrace) -> None
         ({"header": np.array("{}")}, "header has version None, expected 1"),
         ({"header": np.array("no json")}, "header has version 'no json', expected 1"),
         ({"header": np.array(json.dumps({"version": 1}))}, "header has no model.name"),
+        ({"header": windowed([0, 1])}, "header has windows [0, 1], expected numbers of tokens"),
+        ({"header": windowed(["1"])}, "header has windows ['1'], expected numbers of tokens"),
+        ({"header": windowed([1, 1])}, "header has windows [1, 1], expected each once"),
         ({"tokens": np.zeros(3, np.int32)}, "experts is int16"),
         ({"scores": np.zeros((26, 3, 3))}, "scores is float64"),
         ({"reuse": np.zeros((26, 1, 3, 6), np.uint8)}, "expected (26, 2, 3, 6)"),

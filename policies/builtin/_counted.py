@@ -1,0 +1,118 @@
+"""What ``predictive`` counts of its own success, so that it holds back where there is none."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from policies.base import Context
+from policies.orders import Pools
+
+
+class BesideLru:
+    """What a prefetch avoids: misses fewer than LRU's, for each copy that was spent on them.
+
+    LRU is replayed beside the policy with the same slots. Both counts fade, step by step, towards
+    *PRIOR* of each, so that what was held back is tried again.
+    """
+
+    PRIOR = 8.0
+    FADE = 0.005
+
+    def __init__(self, context: Context) -> None:
+        self._of = Pools(context).of
+        pools = context.layers if context.pool == "layer" else 1
+        share, rest = divmod(context.slots, pools)
+        self._slots = [share + (pool < rest) for pool in range(pools)]
+        self._orders: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(pools)]
+        self._avoided = self._spent = self.PRIOR
+
+    @property
+    def worth(self) -> float:
+        """Misses that a prefetch avoids, at most 1; not above 0 where LRU misses less."""
+        return min(1.0, self._avoided / self._spent)
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._avoided += self.FADE * (self.PRIOR - self._avoided)
+        self._spent += self.FADE * (self.PRIOR - self._spent)
+
+    def use(self, experts: Sequence[int], missed: int) -> None:
+        """One event uses *experts*, of which the policy *missed* so many."""
+        pool = self._of(experts[0])
+        order = self._orders[pool]
+        avoided = -missed
+        for expert in experts:
+            if expert in order:
+                order.move_to_end(expert)
+            else:
+                order[expert] = None
+                avoided += 1
+        while len(order) > self._slots[pool]:
+            order.popitem(last=False)
+        self._avoided += avoided
+
+    def spend(self) -> None:
+        """A copy is made ahead of time."""
+        self._spent += 1.0
+
+
+class Duel:
+    """Which of two orders of eviction is right: of the victims they name, who is needed last.
+
+    At an eviction both name one. Where they differ, the two are watched until an event uses
+    one of them: the order that named the other was right. *share* is how often the first order
+    was, over about the last two hundred pairs; it begins with the weight of *PRIOR* pairs.
+    """
+
+    #: Every so many evictions one is judged, which costs as much as the eviction itself.
+    EVERY = 2
+    MOST = 64
+    RATE = 0.005
+    PRIOR = 20.0
+    #: Below this share of the verdicts the first order is not to be followed.
+    LEAST = 0.5
+
+    def __init__(self) -> None:
+        self.share = 0.6
+        self._verdicts = 0
+        self._evictions = 0
+        self._rival: dict[int, int] = {}
+        self._first: set[int] = set()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the first order is the worse one."""
+        return self.share < self.LEAST
+
+    def due(self) -> bool:
+        """Whether this eviction is one of those that are judged."""
+        self._evictions += 1
+        return self._evictions % self.EVERY == 0 and len(self._first) < self.MOST
+
+    def watch(self, first: int, second: int) -> None:
+        """The first order would evict *first*, the second one *second*."""
+        rival = self._rival
+        if first != second and first not in rival and second not in rival:
+            rival[first], rival[second] = second, first
+            self._first.add(first)
+
+    def use(self, experts: Sequence[int]) -> None:
+        """An event uses *experts*: pairs of which it uses one have a winner."""
+        for expert in experts:
+            other = self._rival.pop(expert, None)
+            if other is None:
+                continue
+            del self._rival[other]
+            wrong = expert in self._first
+            self._first.discard(expert if wrong else other)
+            if other not in experts:
+                self._verdicts += 1
+                rate = max(self.RATE, 1.0 / (self.PRIOR + self._verdicts))
+                self.share += rate * ((not wrong) - self.share)
+
+    def begin(self) -> None:
+        """A step begins: pairs that stay undecided make room for others."""
+        if len(self._first) == self.MOST:
+            self._rival.clear()
+            self._first.clear()

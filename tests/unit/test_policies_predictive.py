@@ -1,0 +1,305 @@
+"""``predictive``: whom it evicts by forecasts of reuse, and when it holds back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from policies.base import Context, Forecast, Forecaster, Reuse, StepForecast
+from policies.batching import Batches
+from policies.builtin._counted import BesideLru, Duel
+from policies.builtin._next_use import NextUse, expected_wait
+from policies.future import Future
+from policies.planner import Planner
+from policies.registry import FORECASTERS, POLICIES
+from policies.routing import Routing, Step
+from policies.testing import example_trace
+from tests.helpers import context_of, replay, sample
+from traces.errors import InputError
+from traces.trace import MemoryTrace
+
+
+def again(chances: list[list[float]], windows: tuple[int, ...] = (1, 2)) -> Reuse:
+    return Reuse(windows, np.array(chances, np.float32))
+
+
+def ordered(reuse: Reuse, context: Context, held: list[int], **changes: float) -> NextUse:
+    """The order after one step has begun, nothing used."""
+    order = NextUse(context, changes.get("age", 0.0), held)
+    order.begin(0, lambda: reuse)
+    assert order.known
+    return order
+
+
+class Backwards(Forecaster):
+    """An oracle whose chances of reuse are turned round: as wrong as can be."""
+
+    name, offline = "backwards", True
+
+    def __init__(self) -> None:
+        self._inner = FORECASTERS.build("oracle")
+        self.reset, self.reveal = self._inner.reset, self._inner.reveal  # type: ignore[method-assign]
+
+    def on_step(self, step: Step) -> Forecast:
+        self._inner.on_step(step)
+        return StepForecast((), self.reuse)
+
+    def on_route(self, routing: Routing) -> Forecast:
+        self._inner.on_route(routing)
+        return ()
+
+    def reuse(self) -> Reuse | None:
+        found = self._inner.reuse()
+        assert found is not None
+        return Reuse(found.windows, 1.0 - found.chances)
+
+
+def test_expected_wait_sums_what_is_left_after_each_token() -> None:
+    """Windows 1, 2, 4: one token at 3 lies half-way; certain, impossible, and in between."""
+    found = expected_wait(again([[1, 0, 0.5, 0], [1, 0, 0.5, 1], [1, 0, 0.9, 1]], (1, 2, 4)))
+    assert found.tolist() == pytest.approx([0.0, 4.0, 0.5 + 0.5 + 0.3 + 0.1, 1.0])
+
+
+def test_the_last_to_be_used_goes_first() -> None:
+    context = Context(2, 3, 1, 4)
+    reuse = again([[0, 1, 0.2, 0, 1, 0.2], [0, 1, 0.2, 1, 1, 0.2]])
+    order = ordered(reuse, context, [0, 1, 2, 3, 5])
+    # They wait 2, 0, 1.6; 1, 0, 1.6 tokens, the second layer's half a token more.
+    assert list(order.order(4)) == [5, 0, 2, 3, 1]
+    order.foresee(0, 1, 0.9)
+    assert list(order.order(4))[-1] == 0
+    order.forget(0)
+    order.remove(5)
+    order.use(1, [4])
+    assert list(order.order(4)) == [0, 2, 3, 1]
+
+
+def test_a_prefetch_displaces_later_ones_only() -> None:
+    context = Context(1, 4, 1, 3)
+    order = ordered(again([[0.1, 0.9, 0.5, 0.5], [0.1, 0.9, 0.5, 0.5]]), context, [0, 1, 2])
+    assert list(order.after(3)) == [0]
+    order.foresee(3, 0, 0.3)
+    assert list(order.after(3)) == [0, 2]
+    order.foresee(3, 0, 1.0)
+    assert list(order.after(3)) == [0, 2, 1]
+
+
+def test_recency_decides_between_equals() -> None:
+    context = Context(1, 4, 1, 3)
+    order = NextUse(context, 0.0, [0, 1, 2])
+    for event, expert in enumerate((2, 0, 1)):
+        order.begin(event, lambda: again([[0.5] * 4], (1,)))
+        order.use(event, [expert])
+    order.begin(3, lambda: again([[0.5] * 4], (1,)))
+    assert order.known
+    assert list(order.order(3)) == [2, 0, 1]
+
+
+def test_a_pool_for_every_layer_keeps_to_its_own() -> None:
+    context = Context(2, 3, 1, 4, pool="layer")
+    order = ordered(again([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]], (1,)), context, [0, 1, 3, 4])
+    assert list(order.order(2)) == [0, 1]
+    assert list(order.order(5)) == [3, 4]
+
+
+def test_many_held_are_ranked_as_few_are() -> None:
+    """Only some are sorted at first: the order is that of all."""
+    total = 200
+    chances = np.random.default_rng(0).random((1, total)).astype(np.float32)
+    order = ordered(Reuse((1,), chances), Context(1, total, 1, total), list(range(total - 1)))
+    expected = np.argsort(chances[0, : total - 1], kind="stable").tolist()
+    found = list(dict.fromkeys(order.order(total - 1)))
+    assert found == expected
+    assert list(dict.fromkeys(order.after(total - 1))) == [
+        e for e in expected if chances[0, e] < chances[0, total - 1]
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_oracle_tells_reuse_as_it_comes(batch: int) -> None:
+    trace = example_trace(3, lengths=(30, 20, 25))
+    model, steps = trace.model, list(Batches(trace, batch).steps())
+    oracle = FORECASTERS.build("oracle")
+    oracle.reset(context_of(trace, 8, batch=batch))
+    oracle.reveal(Future(Batches(trace, batch)).demand())
+    for number, step in enumerate(steps):
+        oracle.on_step(step)
+        for layer in range(model.layers):
+            oracle.on_route(Routing(step, layer, step.demand[layer], number * 3 + layer))
+        found = oracle.reuse()
+        assert found is not None
+        assert list(found.windows) == [1, 2, 4, 8]
+        for window, chances in zip(found.windows, found.chances, strict=True):
+            used = {e for s in steps[number + 1 : number + 1 + window] for d in s.demand for e in d}
+            assert set(np.flatnonzero(chances == 1.0).tolist()) == used
+            assert set(np.flatnonzero(chances)) == used
+
+
+def test_a_noisy_oracle_says_how_sure_it_is() -> None:
+    """What it gives a chance of p comes true in a share p of all cases."""
+    trace = example_trace(3, shape=(2, 8, 2), lengths=(400,), skew=0.0)
+    steps = list(Batches(trace, 1).steps())
+    oracle = FORECASTERS.build("oracle:accuracy=0.7,tokens=1")
+    oracle.reset(context_of(trace, 8))
+    oracle.reveal(Future(Batches(trace, 1)).demand())
+    said, true = [], []
+    for number, step in enumerate(steps[:-1]):
+        oracle.on_step(step)
+        found = oracle.reuse()
+        assert found is not None
+        said.append(found.chances)
+        for layer in range(2):
+            oracle.on_route(Routing(step, layer, step.demand[layer], number * 2 + layer))
+        true.append(np.isin(np.arange(16), np.concatenate(steps[number + 1].demand)))
+    chances, came = np.array(said)[:, 0], np.array(true)
+    assert chances.mean() == pytest.approx(came.mean(), abs=0.01)
+    sure = chances > 0.5
+    assert chances[sure].mean() == pytest.approx(came[sure].mean(), abs=0.03)
+    assert 0.4 < sure.sum() / came.sum() < 1.1
+
+
+@pytest.fixture(scope="module")
+def granular() -> MemoryTrace:
+    return sample("granular-64x8", 6)
+
+
+def moves(planner: Planner) -> int:
+    return planner.counts["demand"] + planner.counts["prefetch"]
+
+
+@pytest.mark.parametrize("pool", ["global", "layer"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_reuse_saves_moves(granular: MemoryTrace, pool: str, batch: int) -> None:
+    slots = granular.model.total_experts // 2
+
+    def run(policy: str) -> Planner:
+        oracle = FORECASTERS.build("oracle:accuracy=0.9") if policy != "lru" else None
+        return replay(policy, granular, slots, batch=batch, pool=pool, forecaster=oracle)
+
+    lru, recency, reuse = map(run, ("lru", "predictive:evict=recency", "predictive"))
+    assert moves(reuse) < 0.9 * moves(recency)
+    assert moves(reuse) < 0.95 * moves(lru)
+    assert reuse.counts["missed"] < recency.counts["missed"]
+
+
+@pytest.mark.parametrize("forecaster", ["markov", "ahead", "oracle:accuracy=0.8,tokens=0"])
+def test_where_nothing_is_known_of_reuse_recency_decides(
+    granular: MemoryTrace, forecaster: str
+) -> None:
+    slots = granular.model.total_experts // 4
+    found = [
+        replay(policy, granular, slots, forecaster=FORECASTERS.build(forecaster)).log.sha256()
+        for policy in ("predictive", "predictive:evict=recency")
+    ]
+    assert found[0] == found[1]
+
+
+def test_wrong_forecasts_of_reuse_are_noticed(granular: MemoryTrace) -> None:
+    """Followed all the way, they would cost several times the misses."""
+    slots = granular.model.total_experts // 2
+    lru = replay("lru", granular, slots)
+    held_back = replay("predictive", granular, slots, forecaster=Backwards())
+    Duel.LEAST, kept = -1.0, Duel.LEAST
+    try:
+        followed = replay("predictive", granular, slots, forecaster=Backwards())
+    finally:
+        Duel.LEAST = kept
+    assert followed.counts["missed"] > 1.5 * lru.counts["missed"]
+    assert held_back.counts["missed"] < 1.1 * lru.counts["missed"]
+
+
+def test_a_duel_is_won_by_who_names_the_one_needed_later() -> None:
+    duel = Duel()
+    duel.watch(1, 2)
+    duel.watch(1, 3)  # 1 is watched already
+    before = duel.share
+    duel.use([2])
+    assert duel.share > before
+    duel.use([3])
+    duel.watch(4, 5)
+    duel.watch(6, 6)
+    before = duel.share
+    duel.use([6, 7])
+    assert duel.share == before
+    duel.use([4])
+    assert duel.share < before
+    duel.watch(8, 9)
+    before = duel.share
+    duel.use([8, 9])
+    assert duel.share == before
+    for _ in range(300):
+        duel.watch(1, 2)
+        duel.use([1])
+    assert duel.lost
+
+
+def test_undecided_pairs_make_room() -> None:
+    duel = Duel()
+    for pair in range(Duel.MOST):
+        duel.watch(2 * pair, 2 * pair + 1)
+    assert not any(duel.due() for _ in range(8))
+    duel.begin()
+    assert any(duel.due() for _ in range(8))
+
+
+@pytest.mark.parametrize("pool", ["global", "layer"])
+def test_lru_beside_misses_what_lru_misses(pool: str) -> None:
+    trace = example_trace(7, lengths=(40, 30))
+    beside = BesideLru(context_of(trace, 8, pool=pool))
+    for step in Batches(trace, 1).steps():
+        for experts in step.demand:
+            beside.use(experts, 0)
+    missed = replay("lru", trace, 8, pool=pool).counts["missed"]
+    assert beside._avoided - BesideLru.PRIOR == missed
+    assert beside.worth == 1.0
+
+
+def test_prefetches_that_avoid_nothing_lose_their_worth_and_are_tried_again() -> None:
+    beside = BesideLru(Context(1, 4, 1, 2))
+    for _ in range(40):
+        beside.begin()
+        beside.use([0], 0)
+        beside.spend()
+    low = beside.worth
+    assert low < 0.3
+    for _ in range(2000):
+        beside.begin()
+    assert beside.worth > 0.9
+
+
+@pytest.fixture
+def coarse() -> MemoryTrace:
+    return sample("coarse-8x2", 12)
+
+
+def test_it_holds_back_where_the_link_is_slow_and_prefetches_avoid_little(
+    coarse: MemoryTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same run with every prefetch taken for worth its while makes more moves."""
+
+    def run() -> Planner:
+        return slow_link(coarse, "predictive:evict=recency", "oracle:accuracy=0.9")
+
+    back = run()
+    monkeypatch.setattr(BesideLru, "worth", 1.0)
+    eager = run()
+    assert 0 < back.counts["prefetch"] < 0.5 * eager.counts["prefetch"]
+    assert moves(back) < moves(eager)
+
+
+def slow_link(trace: MemoryTrace, policy: str, forecaster: str) -> Planner:
+    """Run where one transfer takes as long as five layers, a quarter of the experts fit."""
+    guess = FORECASTERS.build(forecaster)
+    context = Context(8, 8, 2, 16, transfer_s=6e-3, layer_s=1.2e-3)
+    planner = Planner(POLICIES.build(policy), context, guess)
+    guess.reveal(Future(Batches(trace)).demand())
+    for step in Batches(trace).steps():
+        planner.begin(step)
+        for layer, experts in enumerate(step.demand):
+            planner.plan(Routing(step, layer, experts, step.number * 8 + layer))
+    return planner
+
+
+def test_evict_is_one_of_two() -> None:
+    with pytest.raises(InputError, match="evict is 'never', expected reuse or recency"):
+        POLICIES.build("predictive:evict=never")
