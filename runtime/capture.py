@@ -94,6 +94,11 @@ def end_tokens(model: Any) -> frozenset[int]:
     return frozenset([found] if isinstance(found, int) else found)
 
 
+def vocabulary_of(model: Any) -> int:
+    """The token ids that *model* knows: all are below this."""
+    return int(model.config.get_text_config().vocab_size)
+
+
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask int64 [B, S], every prompt ending in the last column."""
     longest = max(map(len, prompts))
@@ -241,6 +246,7 @@ def _metadata(model: Any, prompts: Sequence[TokenPrompt], settings: CaptureSetti
             "max_new_tokens": settings.max_new_tokens,
             "batch": settings.batch,
             "model_type": model.config.model_type,
+            "vocabulary": vocabulary_of(model),
             "device": model.device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -60,7 +60,11 @@ _OPTIONS = (
         show_default=True, help="auto: as stored.",
     ),
     click.option("--pageable", is_flag=True, help="Do not pin host memory: slower copies."),
-    click.option("--forecaster", help="Forecaster of policies that take one. [default: ahead]"),
+    click.option(
+        "--forecaster",
+        help="Forecaster of policies that take one; routing-path:P.safetensors runs a predictor "
+        "beside the model. [default: ahead]",
+    ),
     click.option(
         "--hardware", default="h200-pcie5", show_default=True,
         help="Hardware profile that policies reckon with: a name or a TOML file.",
@@ -304,7 +308,19 @@ def summary(facts: dict[str, Any]) -> str:
         f"{_gib(memory['host_peak_bytes'])} at its peak; slots {_gib(memory['slots_bytes'])}"
         + (f", GPU {_gib(peak)} at its peak" if peak else ""),
     ]
+    if cache["predictor"] is not None:
+        lines.append(_predictor_line(cache["predictor"]))
     return "\n".join(lines)
+
+
+def _predictor_line(costs: dict[str, Any]) -> str:
+    """What the predictor beside the model took of decoding."""
+    spent = costs["decode"]
+    taken, whole = spent["host_s"] + spent["wait_s"], spent["pass_s"] or 1.0
+    return (
+        f"predictor {spent['host_s']:.3f} s on the host, {spent['wait_s']:.3f} s waited for, "
+        f"{spent['stream_s']:.3f} s on its stream: {taken / whole:.1%} of decoding"
+    )
 
 
 def _count(prompts: int) -> str:

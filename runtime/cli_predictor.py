@@ -157,7 +157,7 @@ def _spec(options: dict[str, Any], corpus: Corpus) -> PredictorSpec:
     from runtime.predictor.data import rounded_vocabulary
     from runtime.predictor.spec import PredictorSpec
 
-    vocabulary = options["vocabulary"] or rounded_vocabulary(corpus.highest)
+    vocabulary = options["vocabulary"] or corpus.vocabulary or rounded_vocabulary(corpus.highest)
     corpus.check_vocabulary(vocabulary)
     model = corpus.model
     sizes = {name: options[name] for name in ("d_model", "d_ff", "heads", "d_kv", "blocks", "tail")}

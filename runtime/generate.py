@@ -17,10 +17,11 @@ from transformers import GenerationConfig, StaticCache, TextStreamer
 
 from policies.base import Policy
 from policies.routing import Step
-from runtime.capture import end_tokens
+from runtime.capture import end_tokens, vocabulary_of
 from runtime.families import model_spec
 from runtime.load import find_folder, fitting, load_tokenizer, read_config
 from runtime.offloading import offload
+from runtime.predictor.forecaster import LivePath
 from runtime.runner import Runner
 from runtime.sampling import Sampling
 from runtime.steps import Ints, LiveSteps
@@ -156,7 +157,10 @@ class Offloaded:
         return found
 
     def write_trace(self, out: Path, source: str, extra: dict[str, Any]) -> None:
-        """Write the routing that was kept to the trace file *out*."""
+        """Write the routing that was kept to the trace file *out*.
+
+        What a predictor said meanwhile goes beside it, so that a simulation can replay it.
+        """
         if self.steps is None:
             raise InputError(f"{out}: no routing was kept, expected it to be asked for")
         notes = {
@@ -164,11 +168,16 @@ class Offloaded:
             "device": self.device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "vocabulary": vocabulary_of(self.model),
         }
+        sequences = list(self.steps.sequences())
+        forecaster = self.runner.engine.planner.forecaster
+        if isinstance(forecaster, LivePath):
+            forecaster.write(out, self.spec, sequences)
         write_trace(
             out,
             self.spec,
-            self.steps.sequences(),
+            sequences,
             source=source,
             license="unstated",
             extra={"capture": {**notes, **extra}},

@@ -24,6 +24,7 @@ from policies.result import Result
 from policies.session import Setup, TraceSession, no_garbage_collection
 from runtime.capture import left_padded
 from runtime.errors import OffloadError
+from runtime.fullspeed import at_full_speed
 from runtime.generate import (
     Offloaded,
     Progress,
@@ -36,6 +37,7 @@ from runtime.generate import (
 from runtime.load import find_folder, fitting, load_tokenizer
 from runtime.measuring import Measured, RealWorld
 from runtime.peaks import forget_peaks, host_peak_bytes, peak_bytes
+from runtime.predictor.names import replayed
 from runtime.sampling import Sampling
 from runtime.store import KeptStore
 from traces.errors import InputError
@@ -73,12 +75,15 @@ class LiveSettings:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
 
     def setup(self, trace: Path) -> Setup:
-        """What a simulation of the recorded *trace* must be told to decide alike."""
+        """What a simulation of the recorded *trace* must be told to decide alike.
+
+        A predictor that ran beside the model left its forecasts beside the trace.
+        """
         return Setup(
             str(trace),
             batch=self.batch,
             hardware=self.hardware,
-            forecaster=self.forecaster,
+            forecaster=replayed(self.forecaster, trace),
             pool=self.pool,
             train=self.train,
             seed=self.seed,
@@ -140,6 +145,8 @@ def run_live(  # noqa: PLR0913
             opened.runner.engine.planner.log = log
         with progress("generating", len(prompts)) as advance:
             world, recording, memory = run.run(spans, advance)
+        beside = opened.runner.beside
+        predictor_bytes = beside.costs()["device_bytes"] if beside is not None else 0
         words = f"routing of {opened.spec.name} on {len(prompts)} prompts, generated greedily"
         notes = {"policy": policy, "max_new_tokens": chosen.max_new_tokens}
         opened.write_trace(out, words, {**notes, "batch": chosen.batch})
@@ -148,6 +155,7 @@ def run_live(  # noqa: PLR0913
     measured = world.measured()
     measured.gpu_peak_bytes, measured.host_peak_bytes = memory, host_peak_bytes()
     measured.gpu_predicted_bytes = predicted_bytes(result.memory | run.memory(session, world))
+    measured.gpu_predicted_bytes += predictor_bytes
     return out, result, recording, measured
 
 
@@ -195,8 +203,10 @@ class _LiveRun:
         with fitting(device), no_garbage_collection():
             for size in sorted({len(group) for group in groups}, reverse=True):
                 self._warm_up(size)
+                if opened.runner.beside is not None:
+                    opened.runner.beside.warm(size, self._longest, self._settings.max_new_tokens)
             world = RealWorld(engine, self._costs(), kind, recording)
-            with self._timing(world):
+            with at_full_speed(device) as world.cores, self._timing(world):
                 for group in groups:
                     ids, mask = left_padded(group, torch.device("cpu"))
                     opened.generate(ids, mask, self._config, self._length)

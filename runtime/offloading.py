@@ -21,6 +21,7 @@ from policies.registry import FORECASTERS, POLICIES
 from policies.session import POOLS, check_pool
 from policies.training import learn
 from runtime.bank import SlotBank
+from runtime.capture import vocabulary_of
 from runtime.engine import Engine
 from runtime.errors import OffloadError
 from runtime.families import Gate, find_gates, model_spec
@@ -29,6 +30,8 @@ from runtime.lanes import lanes_for
 from runtime.layout import ExpertLayout
 from runtime.load import pick_device
 from runtime.maths import Fused, Reference
+from runtime.predictor.forecaster import LivePath, live_forecaster
+from runtime.predictor.names import is_live
 from runtime.runner import Runner
 from runtime.steps import LiveSteps
 from runtime.store import HostStore, drop_experts, experts_of
@@ -125,7 +128,13 @@ class _Builder:
     def _forecaster(self) -> Forecaster | None:
         if not self.policy.forecasts:
             return None
-        return FORECASTERS.build(self.options.forecaster or "ahead")
+        text = self.options.forecaster or "ahead"
+        if not is_live(text):
+            return FORECASTERS.build(text)
+        found = live_forecaster(text)
+        known = vocabulary_of(self.model)
+        found.attach(self.spec, known, self.device, keep=self.options.record)
+        return found
 
     def _check_policy(self) -> None:
         for kind, plugin in (("policy", self.policy), ("forecaster", self.forecaster)):
@@ -189,6 +198,8 @@ class _Builder:
         store.close()
         if bank is not None:
             bank.free()
+        if isinstance(self.forecaster, LivePath):
+            self.forecaster.close()
         if self.device.type == "cuda":
             # What is still on meta cannot be moved, and has taken nothing.
             with contextlib.suppress(NotImplementedError, RuntimeError):
@@ -283,7 +294,7 @@ class ExpertCacheHandle:
         """Counts and bytes since the start, and what Belady would have missed (None live).
 
         ``held`` splits into ``hit`` and ``late``; ``held_ratio`` and ``hit_ratio`` are shares
-        of the ``accesses``.
+        of the ``accesses``. ``predictor``: what a predictor beside the model cost, if there is one.
         """
         return self.runner.stats()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from policies.hindsight import belady_missed
-from policies.routing import Step
+from policies.routing import DECODE, PREFILL, Step
 from runtime.errors import OffloadError, warn_uncaptured
 from runtime.graphs import DecodeGraphs, decode_graphs
 from runtime.holdings import Holdings
 from runtime.hook import Hook, Steps
 from runtime.masks import with_masks
 from runtime.maths import Reference
+from runtime.predictor.forecaster import LivePath
 from runtime.rotary import follows_length, keep_frequencies
 
 
@@ -57,6 +59,13 @@ class Runner:
         self._seen: weakref.ref[Any] | None = None
         self._closed = ""
         self.tokens = 0
+        #: Seconds of all passes of each phase on the host, until all was launched.
+        self._pass_s = {PREFILL: 0.0, DECODE: 0.0}
+        #: The forecaster, where a predictor runs beside the model.
+        self.beside: LivePath | None = None
+        forecaster = self.engine.planner.forecaster
+        if isinstance(forecaster, LivePath):
+            self.beside = forecaster
         # generate reads the signature to learn what it may pass.
         own = model.forward
         self._names = list(inspect.signature(own).parameters)
@@ -110,15 +119,23 @@ class Runner:
         if isinstance(maths, Reference):
             maths.decoding = decoding
         with self._stepping(step):
-            if decoding and self.graphs is not None and cache is not None:
-                kwargs = with_masks(self._config, self._dtype, kwargs)
-                if self.graphs.suits(kwargs):
-                    return self.graphs.run(kwargs)
-            return self.plain_forward(**kwargs)
+            output = self._pass(kwargs, decoding)
+        logits = getattr(output, "logits", None)
+        if self.beside is not None and isinstance(logits, Tensor):
+            self.beside.foresee(logits[:, -1])
+        return output
+
+    def _pass(self, kwargs: dict[str, Any], decoding: bool) -> Any:
+        """The model's own pass, replayed where that can be done."""
+        if decoding and self.graphs is not None and kwargs.get("past_key_values") is not None:
+            kwargs = with_masks(self._config, self._dtype, kwargs)
+            if self.graphs.suits(kwargs):
+                return self.graphs.run(kwargs)
+        return self.plain_forward(**kwargs)
 
     @contextlib.contextmanager
     def _stepping(self, step: Step) -> Iterator[None]:
-        engine = self.engine
+        engine, start = self.engine, time.perf_counter()
         engine.begin(step)
         yield
         engine.watch.split("attention")
@@ -127,6 +144,7 @@ class Runner:
         self._demand.append(step.demand)
         self.tokens += step.size
         self.hook.step = None
+        self._pass_s[step.phase] += time.perf_counter() - start
 
     def _is_fresh(self, cache: Any, tokens: int) -> bool:
         """Whether a pass of *tokens* per sequence begins new ones: its cache is empty.
@@ -175,7 +193,17 @@ class Runner:
                 "host_bytes": engine.store.size_bytes,
             },
             "decisions_sha256": planner.log.sha256(),
+            "predictor": self._predictor_stats(),
         }
+
+    def _predictor_stats(self) -> dict[str, Any] | None:
+        """What a predictor beside the model cost, and what the passes took; None without one."""
+        if self.beside is None:
+            return None
+        found = self.beside.costs()
+        for phase, seconds in self._pass_s.items():
+            found[phase]["pass_s"] = seconds
+        return found
 
     def sequences(self) -> list[Any]:
         """The routing that was kept."""
@@ -188,6 +216,8 @@ class Runner:
             return
         self._closed = why
         self._holdings.finish()
+        if self.beside is not None:
+            self.beside.close()
         self.hook.step = None
         self.graphs = None
         # These hold on to the slots.

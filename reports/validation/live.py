@@ -29,6 +29,7 @@ from reports.validation.request import (
 )
 from reports.validation.surroundings import surroundings
 from runtime.cli import progress_bar
+from runtime.predictor.names import replayed
 from sim.session import Session
 from traces.errors import InputError
 
@@ -108,7 +109,9 @@ def _lived(live: _Live, run: Run) -> Done:
         compute=request.compute,
         **{name: getattr(request.setup, name) for name in shared},
     )
-    sim = Session(replace(request.setup, trace=str(path), batch=batch))
+    # A predictor that ran beside the model has left its forecasts for the simulation.
+    forecaster = replayed(request.setup.forecaster, path)
+    sim = Session(replace(request.setup, trace=str(path), batch=batch, forecaster=forecaster))
     budget_slots = Budget(slots=found.slots)
     expected, recording = sim.run(
         policy, budget_slots, record=True, log=logs[0],

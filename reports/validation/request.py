@@ -100,7 +100,7 @@ def about_run(request: Request, session: TraceSession, run: Run, slots: int) -> 
     """What names a cell of *slots* slots and says how it was run."""
     batch, policy, budget = run
     setup = session.setup
-    chosen = setup.forecaster if POLICIES.build(policy).forecasts else None
+    chosen = request.setup.forecaster if POLICIES.build(policy).forecasts else None
     return {
         "model": session.model.name,
         "policy": f"{policy} ({chosen})" if chosen else policy,

@@ -19,7 +19,7 @@ from runtime.predictor.spec import PredictorSpec
 from traces.errors import InputError
 from traces.model import ModelSpec
 from traces.statistics.pieces import domains_of
-from traces.store import open_trace
+from traces.store import StoredTrace, open_trace
 from traces.trace import TokenSequence
 
 #: A vocabulary that is not given is the largest id of the traces, rounded up to this.
@@ -31,12 +31,16 @@ SORTED_BATCHES = 16
 
 @dataclass(frozen=True)
 class Corpus:
-    """Sequences of one model with a token id for every token, and the *domains* of each."""
+    """Sequences of one model with a token id for every token, and the *domains* of each.
+
+    *vocabulary* is how many ids the model knows, None where nobody has said so.
+    """
 
     name: str
     model: ModelSpec
     sequences: tuple[TokenSequence, ...]
     domains: tuple[str, ...]
+    vocabulary: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -90,12 +94,26 @@ def read_corpus(path: str | Path, columns: Sequence[str] = ("token",)) -> Corpus
                 "token id unknown, expected one for every token"
             )
     domains = tuple(label or "all" for label in domains_of(stored, len(sequences)))
-    return Corpus(str(path), stored.model, sequences, domains)
+    return Corpus(str(path), stored.model, sequences, domains, _stated(stored))
+
+
+def _stated(stored: StoredTrace) -> int | None:
+    """The vocabulary that a capture wrote down; None if this is none, or older than that."""
+    notes = stored.extra.get("capture")
+    found = notes.get("vocabulary") if isinstance(notes, dict) else None
+    return found if type(found) is int and found > 0 else None
 
 
 def joined(corpora: Sequence[Corpus]) -> Corpus:
     """Several traces of one model as one; another model's is an :class:`InputError`."""
     first = corpora[0]
+    stated = [corpus for corpus in corpora if corpus.vocabulary is not None]
+    for other in stated[1:]:
+        if other.vocabulary != stated[0].vocabulary:
+            raise InputError(
+                f"{other.name}: model has a vocabulary of {other.vocabulary}, expected "
+                f"{stated[0].vocabulary} as in {stated[0].name}"
+            )
     for other in corpora[1:]:
         for field in ("name", "layers", "experts", "top_k"):
             found, expected = getattr(other.model, field), getattr(first.model, field)
@@ -109,11 +127,12 @@ def joined(corpora: Sequence[Corpus]) -> Corpus:
         first.model,
         tuple(sequence for corpus in corpora for sequence in corpus.sequences),
         tuple(domain for corpus in corpora for domain in corpus.domains),
+        stated[0].vocabulary if stated else None,
     )
 
 
 def rounded_vocabulary(highest: int) -> int:
-    """A vocabulary that has token id *highest*: no trace says how many ids its model knows."""
+    """A vocabulary that has token id *highest*, where nobody says how many the model knows."""
     return -(-(highest + 1) // VOCABULARY_STEP) * VOCABULARY_STEP
 
 

@@ -13,6 +13,7 @@ from runtime.predictor.data import Corpus, ids_of
 from runtime.predictor.files import StoredPredictor
 from runtime.predictor.inference import Scored, ranked, score
 from traces.errors import InputError
+from traces.trace import TokenSequence
 
 
 def check_fits(predictor: StoredPredictor, corpus: Corpus) -> None:
@@ -53,12 +54,18 @@ def forecast(
         advance(1)
     names = ("tokens", "experts", "scores", "reuse")
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    counts = [len(sequence) for sequence in corpus.sequences]
-    arrays["sequences"] = np.array([s.id for s in corpus.sequences], np.int32)
-    arrays["starts"] = np.append(0, np.cumsum(counts)).astype(np.int64)
-    firsts = [int(s.positions[0]) for s in corpus.sequences]
-    arrays["first_positions"] = np.array(firsts, np.int32)
-    write_sidecar(out, header_of(predictor, corpus, windows), arrays)
+    header = header_of(predictor, corpus, windows)
+    write_sidecar(out, header, arrays | index_of(corpus.sequences))
+
+
+def index_of(sequences: Sequence[TokenSequence]) -> dict[str, Any]:
+    """The arrays that say which rows belong to which of *sequences*."""
+    counts = [len(sequence) for sequence in sequences]
+    return {
+        "sequences": np.array([s.id for s in sequences], np.int32),
+        "starts": np.append(0, np.cumsum(counts)).astype(np.int64),
+        "first_positions": np.array([s.positions[0] for s in sequences], np.int32),
+    }
 
 
 def header_of(predictor: StoredPredictor, corpus: Corpus, windows: Sequence[int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from runtime.predictor.data import inputs_of
 from runtime.predictor.model import Inputs, Predictor
+from runtime.predictor.window import read_of
 from traces.trace import TokenSequence
 
 Floats = npt.NDArray[np.float32]
@@ -34,14 +35,28 @@ class Scored:
 
 
 def score(model: Predictor, sequences: Sequence[TokenSequence]) -> Iterator[Scored]:
-    """The probabilities of each of *sequences*, in order; token ids must be of the vocabulary."""
+    """The probabilities of each of *sequences*, in order; token ids must be of the vocabulary.
+
+    0 for tokens that a predictor does not read (:mod:`runtime.predictor.window`).
+    """
     device = next(model.parameters()).device
     for members in _passes(model, sequences):
-        inputs = Inputs(*(x.to(device) for x in inputs_of(members, model.spec)))
+        parts = [read_of(sequence, model.spec) for sequence in members]
+        inputs = Inputs(*(x.to(device) for x in inputs_of([s for s, _ in parts], model.spec)))
         with torch.inference_mode():
             now, again = (torch.sigmoid(logits).cpu().numpy() for logits in model(inputs))
-        for row, sequence in enumerate(members):
-            yield Scored(sequence, now[row, : len(sequence)], again[row, : len(sequence)])
+        for row, (sequence, (_, part)) in enumerate(zip(members, parts, strict=True)):
+            yield Scored(sequence, *(_placed(x[row], part, len(sequence)) for x in (now, again)))
+
+
+def _placed(chances: Floats, part: slice, length: int) -> Floats:
+    """The first of *chances* as those of *part* of a sequence of *length*, 0 elsewhere."""
+    count = part.stop - part.start
+    if count == length:
+        return chances[:length]
+    placed = np.zeros((length, *chances.shape[1:]), chances.dtype)
+    placed[part] = chances[:count]
+    return placed
 
 
 def _passes(model: Predictor, sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:

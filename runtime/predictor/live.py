@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from runtime.predictor.blocks import KeysValues
+from runtime.predictor.caches import Cache
 from runtime.predictor.model import Predictor
 from traces.errors import InputError
-
-#: Rows and columns that a cache has at first; it doubles when it is full.
-FIRST_ROWS, FIRST_COLUMNS = 4, 64
 
 
 @dataclass(frozen=True)
@@ -37,39 +37,14 @@ class LiveScores:
         return self
 
 
-class _Cache:
-    """Keys and values of one attention of every decoder block: [blocks, 2, rows, heads, S, d_kv].
-
-    It grows by doubling; what is beyond a row's own length is never looked at.
+class Place(NamedTuple):
+    """Where B sequences go on: cache *rows*, the decoder's next column *at* and the *lengths* of
+    what cross-attention sees, all int64 [B] on the predictor's device.
     """
 
-    def __init__(self, model: Predictor) -> None:
-        spec = model.spec
-        self._store = torch.zeros(
-            spec.blocks, 2, FIRST_ROWS, spec.heads, FIRST_COLUMNS, spec.d_kv,
-            device=next(model.parameters()).device,
-        )  # fmt: skip
-
-    def reserve(self, rows: int, columns: int) -> None:
-        """Make room for so many *rows* and *columns*."""
-        old = self._store
-        shape = list(old.shape)
-        for axis, needed in ((2, rows), (4, columns)):
-            while shape[axis] < needed:
-                shape[axis] *= 2
-        if shape != list(old.shape):
-            self._store = old.new_zeros(shape)
-            self._store[:, :, : old.shape[2], :, : old.shape[4]] = old
-
-    def put(self, block: int, rows: Tensor, columns: Tensor, fresh: KeysValues) -> None:
-        """Keep *fresh* keys and values [B, heads, S, d_kv] at *rows* [B], *columns* [B, S]."""
-        for kind, values in enumerate(fresh):
-            self._store[block, kind][rows[:, None], :, columns] = values.transpose(1, 2)
-
-    def get(self, block: int, rows: Tensor, columns: int) -> KeysValues:
-        """The first *columns* of *rows*."""
-        kept = self._store[block, :, :, :, :columns]
-        return kept[0][rows], kept[1][rows]
+    rows: Tensor
+    at: Tensor
+    lengths: Tensor
 
 
 class LivePredictor:
@@ -85,9 +60,12 @@ class LivePredictor:
         self.model = model.eval()
         self.device = next(model.parameters()).device
         if self.device.type == "cuda" and stream is None:
-            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            # Its kernels are small and somebody waits for them: they go first.
+            cuda: Any = torch.cuda
+            stream = cuda.Stream(self.device, priority=-1)
         self.stream = stream
-        self._own, self._prompt = _Cache(model), _Cache(model)
+        with self.beside():
+            self.own, self.prompt = Cache(model), Cache(model)
         self._row_of: dict[int, int] = {}
         self._free: list[int] = []
         self._read: list[int] = []
@@ -97,36 +75,119 @@ class LivePredictor:
         """Sequences that are followed."""
         return len(self._row_of)
 
+    def __contains__(self, sequence: int) -> bool:
+        """Whether *sequence* is followed."""
+        return sequence in self._row_of
+
     def begin(self, sequence: int, prompt: Sequence[int]) -> LiveScores:
         """Follow *sequence*, whose *prompt* is all known: the scores of its tokens."""
-        self._check(prompt)
-        if sequence in self._row_of:
-            raise ValueError(f"sequence {sequence} is followed already")
-        row = self._row(sequence)
-        tail = min(self.model.spec.tail, len(prompt))
-        self._prompts[row], self._read[row] = 1 + len(prompt), tail
-        return self._beside(lambda: self._begin(row, list(prompt), tail))
+        return self._scores(lambda: self.read_prompts([sequence], [prompt])[0, 1:])
 
     def step(self, sequences: Sequence[int], tokens: Sequence[int]) -> LiveScores:
         """Read the next of *tokens* of each of *sequences*: their scores, in that order."""
-        self._check(tokens)
-        rows = [self._row_of[sequence] for sequence in sequences]
-        at = [self._read[row] for row in rows]
-        for row in rows:
-            self._read[row] += 1
-        return self._beside(lambda: self._step(rows, at, list(tokens)))
+        return self._scores(lambda: self.read(sequences, [[token] for token in tokens])[:, 0])
 
     def end(self, sequence: int) -> None:
         """Forget *sequence*; its room is used again."""
         self._free.append(self._row_of.pop(sequence))
 
-    def _check(self, tokens: Sequence[int]) -> None:
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work inside is issued to the predictor's stream, without gradients.
+
+        Nothing of the model's stream is waited for.
+        """
+        cuda: Any = torch.cuda
+        with (
+            torch.inference_mode(),
+            nullcontext() if self.stream is None else cuda.stream(self.stream),
+        ):
+            yield
+
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raise :class:`InputError` unless all *tokens* are of the predictor's vocabulary."""
         limit = self.model.spec.vocabulary
         for token in tokens:
             if not 0 <= token < limit:
                 raise InputError(
                     f"token id {token}, expected below {limit}, the predictor's vocabulary"
                 )
+
+    def read_prompts(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Follow *sequences* from their *prompts* on: states [B, 1 + S, d_model], inside
+        :meth:`beside`. Column 0 is the start's, shorter prompts end before the last column.
+        """
+        for sequence, prompt in zip(sequences, prompts, strict=True):
+            self.check(prompt)
+            if sequence in self._row_of:
+                raise ValueError(f"sequence {sequence} is followed already")
+        rows = [self._row(sequence) for sequence in sequences]
+        tails = [min(self.model.spec.tail, len(prompt)) for prompt in prompts]
+        for row, prompt, tail in zip(rows, prompts, tails, strict=True):
+            self._prompts[row], self._read[row] = 1 + len(prompt), tail
+        return self._read_prompts(rows, prompts, tails)
+
+    def read(self, sequences: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """The next S of *tokens* of each of *sequences*: states [B, S, d_model], inside
+        :meth:`beside`.
+        """
+        for row in tokens:
+            self.check(row)
+        count = len(tokens[0])
+        where = self.where(sequences, count)
+        width, columns = self._reach(sequences, count)
+        self.advance(sequences, count)
+        place = Place(*(self._tensor(values) for values in where))
+        return self.decode(place, self._tensor([list(row) for row in tokens]), width, columns)
+
+    def where(self, sequences: Sequence[int], count: int) -> list[list[int]]:
+        """The values of a :class:`Place` for the next *count* tokens, for which it makes room."""
+        rows = [self._row_of[sequence] for sequence in sequences]
+        self.own.reserve(1 + max(rows), self._reach(sequences, count)[0])
+        return [rows, [self._read[row] for row in rows], [self._prompts[row] for row in rows]]
+
+    def advance(self, sequences: Sequence[int], count: int) -> None:
+        """*count* tokens of each of *sequences* have been read for good."""
+        for sequence in sequences:
+            self._read[self._row_of[sequence]] += count
+
+    def length(self, sequence: int) -> int:
+        """Columns that the decoder has read of *sequence*."""
+        return self._read[self._row_of[sequence]]
+
+    def decode(self, place: Place, tokens: Tensor, width: int, columns: int) -> Tensor:
+        """The states [B, S, d_model] of *tokens* [B, S] at *place*, inside :meth:`beside`.
+
+        *width* and *columns* are how much of the two caches is looked at: at least what the
+        sequences have read. Only the device is used, so that it can be captured.
+        """
+        decoder = self.model.decoder
+        ahead = torch.arange(tokens.shape[1], device=self.device)
+        at = place.at[:, None] + ahead
+        bias = decoder.positions(at, torch.arange(width, device=self.device))
+        memory = [self.prompt.get(b, place.rows, columns) for b in range(self.model.spec.blocks)]
+        unseen = self.model.unseen(place.lengths, columns)
+
+        def remember(block: int, fresh: KeysValues) -> KeysValues:
+            self.own.put(block, place.rows, at, fresh)
+            return self.own.get(block, place.rows, width)
+
+        states: Tensor = decoder(self.model.embedding(tokens), bias, memory, unseen, remember)
+        return states
+
+    def chances(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities [..., L, E] and [..., windows, L, E] of *states* [..., d_model]."""
+        now, again = self.model.heads(states)
+        return torch.sigmoid(now), torch.sigmoid(again)
+
+    def _scores(self, work: Callable[[], Tensor]) -> LiveScores:
+        with self.beside():
+            now, again = self.chances(work())
+            if self.stream is None:
+                return LiveScores(now, again)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self.stream)
+        return LiveScores(now, again, done)
 
     def _row(self, sequence: int) -> int:
         if self._free:
@@ -138,21 +199,10 @@ class LivePredictor:
         self._row_of[sequence] = row
         return row
 
-    def _beside(self, work: Callable[[], Tensor]) -> LiveScores:
-        """Issue *work* to the predictor's stream."""
-        with torch.inference_mode():
-            if self.stream is None:
-                return LiveScores(*self._chances(work()))
-            # What is read is made on the host; nothing of the model's stream is waited for.
-            with torch.cuda.stream(self.stream):
-                now, again = self._chances(work())
-                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                done.record(self.stream)
-        return LiveScores(now, again, done)
-
-    def _chances(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        now, again = self.model.heads(states)
-        return torch.sigmoid(now), torch.sigmoid(again)
+    def _reach(self, sequences: Sequence[int], count: int) -> tuple[int, int]:
+        """Columns of the two caches that *count* more tokens of *sequences* look at."""
+        rows = [self._row_of[sequence] for sequence in sequences]
+        return count + max(self._read[r] for r in rows), max(self._prompts[r] for r in rows)
 
     def _tensor(self, values: object) -> Tensor:
         made = torch.tensor(values, dtype=torch.int64)
@@ -160,38 +210,25 @@ class LivePredictor:
             return made
         return made.pin_memory().to(self.device, non_blocking=True)
 
-    def _begin(self, row: int, prompt: list[int], tail: int) -> Tensor:
-        """The states [n, d_model] of a prompt; fills both caches."""
-        model, length = self.model, 1 + len(prompt)
-        ids = self._tensor([[model.spec.start, *prompt]])
-        states = model.encode(ids, self._tensor([length]))
-        rows, columns = self._tensor([row]), self._tensor([range(length)])
-        self._prompt.reserve(row + 1, length)
+    def _read_prompts(
+        self, rows: list[int], prompts: Sequence[Sequence[int]], tails: list[int]
+    ) -> Tensor:
+        """Fills both caches; the states of the prompts."""
+        model, width = self.model, 1 + max(map(len, prompts))
+        start = model.spec.start
+        padded = [[start, *prompt] + [start] * (width - 1 - len(prompt)) for prompt in prompts]
+        lengths, where = self._tensor([1 + len(p) for p in prompts]), self._tensor(rows)
+        states = model.encode(self._tensor(padded), lengths)
+        columns = torch.arange(width, device=self.device).expand(len(rows), -1)
+        self.prompt.reserve(1 + max(rows), width)
         for block, fresh in enumerate(model.decoder.memory(states)):
-            self._prompt.put(block, rows, columns, fresh)
-        if tail:
-            at = [list(range(tail))]
-            self._decode([row], at, [prompt[len(prompt) - tail :]])
-        return states[0, 1:]
-
-    def _step(self, rows: list[int], at: list[int], tokens: list[int]) -> Tensor:
-        """The states [B, d_model] of one token of each row."""
-        return self._decode(rows, [[place] for place in at], [[token] for token in tokens])[:, 0]
-
-    def _decode(self, rows: list[int], at: list[list[int]], tokens: list[list[int]]) -> Tensor:
-        """The states [B, S, d_model] of *tokens* [B, S], the decoder's columns *at* [B, S]."""
-        decoder, width = self.model.decoder, 1 + max(map(max, at))
-        self._own.reserve(max(rows) + 1, width)
-        lengths = [self._prompts[row] for row in rows]
-        where, columns = self._tensor(rows), self._tensor(at)
-        bias = decoder.positions(columns, torch.arange(width, device=self.device))
-        memory = [self._prompt.get(b, where, max(lengths)) for b in range(self.model.spec.blocks)]
-        unseen = self.model.unseen(self._tensor(lengths), max(lengths))
-
-        def remember(block: int, fresh: KeysValues) -> KeysValues:
-            self._own.put(block, where, columns, fresh)
-            return self._own.get(block, where, width)
-
-        embedded = self.model.embedding(self._tensor(tokens))
-        states: Tensor = decoder(embedded, bias, memory, unseen, remember)
+            self.prompt.put(block, where, columns, fresh)
+        longest = max(tails)
+        self.own.reserve(1 + max(rows), max(longest, 1))
+        if longest:
+            # Beyond a shorter tail lies what the sequence's own tokens overwrite.
+            ends = [list(p[len(p) - t :]) for p, t in zip(prompts, tails, strict=True)]
+            tokens = self._tensor([end + [start] * (longest - len(end)) for end in ends])
+            place = Place(where, torch.zeros_like(where), lengths)
+            self.decode(place, tokens, longest, width)
         return states

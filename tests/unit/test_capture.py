@@ -84,6 +84,7 @@ def test_the_file_holds_what_was_asked_for(model, tmp_path):
     assert trace.extra["domains"] == ["code", "unknown", "prose", "code", "prose"]
     assert trace.extra["prompts"] == "none"
     assert trace.extra["capture"]["seed"] == 4
+    assert trace.extra["capture"]["vocabulary"] == model.config.vocab_size
     assert trace.extra["capture"]["torch"] == torch.__version__
 
 

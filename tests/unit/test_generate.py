@@ -25,7 +25,11 @@ from runtime.cli_generate import status_line, summary  # noqa: E402
 from runtime.families import FAMILIES  # noqa: E402
 from runtime.generate import encode  # noqa: E402
 from runtime.offloading import Options, _generate_over_static_cache  # noqa: E402
+from runtime.predictor.files import save_predictor  # noqa: E402
+from runtime.predictor.model import Predictor  # noqa: E402
 from tests.helpers_checkpoint import WORDS, tiny_checkpoint  # noqa: E402
+from tests.helpers_predictor import small_spec  # noqa: E402
+from tests.tiny_models import VOCABULARY  # noqa: E402
 from traces.errors import InputError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +104,34 @@ def test_the_trace_is_one_that_run_takes_and_decides_alike(tiny, capsys, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.parquet"]
 
 
+def test_a_predictor_runs_beside_it_and_its_forecasts_are_replayed(tiny, capsys, tmp_path):
+    out, facts = tmp_path / "x.parquet", tmp_path / "x.json"
+    predictor = tmp_path / "p.safetensors"
+    torch.manual_seed(0)
+    model = Predictor(small_spec(vocabulary=VOCABULARY))
+    torch.nn.init.normal_(model.now.bias)
+    save_predictor(predictor, model, {}, "float16")
+    asked = f"routing-path:{predictor}"
+    words = base(tiny, "--prompt", "w5 w9 w33", "--policy", "predictive", "--forecaster", asked)
+    assert run(*words, "--trace", out, "--json", facts) == 0
+    printed = capsys.readouterr()
+    assert printed.out == plain_text(tiny, "w5 w9 w33").strip() + "\n"
+    (line,) = (line for line in printed.err.splitlines() if "predictor" in line)
+    assert re.fullmatch(r"predictor \d+\.\d{3} s on the host, .* of decoding", line)
+    assert facts.with_name("x.forecast.npz").exists()
+    found = json.loads(facts.read_text())
+    assert found["cache"]["predictor"]["decode"]["passes"] == 5
+    words = ["run", "--trace", out, "--policy", "predictive", "--slots", 8, "--json", "-"]
+    words += ["--forecaster", f"routing-path:{tmp_path / 'x.forecast.npz'}"]
+    assert simctl.main([*map(str, words)]) == 0
+    simulated = json.loads(capsys.readouterr().out)
+    assert simulated["decisions_sha256"] == found["cache"]["decisions_sha256"]
+    # A predictor itself is not what a simulation replays.
+    words[-1] = asked
+    assert simctl.main([*map(str, words)]) == 2
+    assert "p.safetensors: not a file of forecasts" in capsys.readouterr().err
+
+
 def test_json_alone_on_standard_output(tiny, capsys, tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"text": "w5 w9"}\n{"text": "w40 w3 w8"}\n')
@@ -164,6 +196,17 @@ def test_a_chat_template_is_applied(tiny, capsys, tmp_path):
         (("--prompt", "w5", "--json", "no/x.json"), "--json no/x.json: cannot be written"),
         (("--prompt", "w5", "--trace", "-"), "--trace -: cannot be written"),
         (("--prompt", "w5", "--hardware", "none-such"), "none-such"),
+        (
+            (
+                "--prompt",
+                "w5",
+                "--policy",
+                "predictive",
+                "--forecaster",
+                "routing-path:x.safetensors",
+            ),
+            "x.safetensors: no such file, expected a predictor",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tiny, capsys, tmp_path, monkeypatch, words, said):

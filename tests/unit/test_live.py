@@ -18,15 +18,21 @@ from policies.budget import Budget  # noqa: E402
 from policies.decisions import DecisionLog  # noqa: E402
 from policies.memory import predicted_bytes  # noqa: E402
 from policies.planner import PolicyError  # noqa: E402
+from policies.sidecar import read_sidecar  # noqa: E402
+from policies.testing import example_model  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
 from runtime.generate import generation_config, open_offloaded  # noqa: E402
 from runtime.layout import ExpertLayout  # noqa: E402
 from runtime.live import LiveSettings, live_runs, run_live  # noqa: E402
+from runtime.predictor.files import save_predictor  # noqa: E402
+from runtime.predictor.model import Predictor  # noqa: E402
 from runtime.sampling import Sampling  # noqa: E402
 from runtime.store import HostStore  # noqa: E402
 from sim.session import Session  # noqa: E402
 from tests.helpers_checkpoint import tiny_checkpoint  # noqa: E402
 from tests.helpers_kernels import experts_module  # noqa: E402
+from tests.helpers_predictor import small_spec  # noqa: E402
+from tests.tiny_models import VOCABULARY  # noqa: E402
 from tests.unit.test_runtime_session import RAISES  # noqa: E402
 from traces.errors import InputError  # noqa: E402
 from traces.store import open_trace  # noqa: E402
@@ -94,6 +100,39 @@ def test_the_simulator_decides_alike(tiny, tmp_path, policy, forecaster, batch, 
     assert trace.ahead_depth == (3 if asked else 0)
     # The last token is made but never run.
     assert [len(s) - s.prefill for s in trace.sequences()] == [5] * len(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    """A random predictor for the tiny checkpoint."""
+    path = tmp_path_factory.mktemp("predictor") / "p.safetensors"
+    model = example_model(4, 8, 2)
+    torch.manual_seed(0)
+    made = Predictor(small_spec(model, vocabulary=VOCABULARY))
+    torch.nn.init.normal_(made.now.bias)
+    torch.nn.init.normal_(made.again.bias)
+    save_predictor(path, made, {}, "float16")
+    return path
+
+
+@pytest.mark.parametrize(("batch", "options"), [(1, ""), (2, ",floor=0.5,beyond=true")])
+def test_the_simulator_replays_the_forecasts_of_a_predictor(
+    tiny, tmp_path, predictor, batch, options
+):
+    """What the predictor said beside the model lies beside the trace afterwards."""
+    asked = f"routing-path:{predictor}{options}"
+    out = tmp_path / "live.parquet"
+    logs, expected, found = both(tiny, out, "predictive", 12, forecaster=asked, batch=batch)
+    assert_alike(logs, expected, found)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["live.forecast.npz", "live.parquet"]
+    read_sidecar(tmp_path / "live.forecast.npz").check_trace(open_trace(out))
+    assert found.policy["forecaster"]["parameters"]["file"] == str(predictor)
+    assert open_trace(out).extra["capture"]["vocabulary"] == VOCABULARY
+    # A policy that takes no forecaster asks none, in both worlds.
+    (tmp_path / "lru").mkdir()
+    out = tmp_path / "lru" / "live.parquet"
+    assert_alike(*both(tiny, out, "lru", 9, forecaster=asked, batch=batch))
+    assert [p.name for p in out.parent.iterdir()] == ["live.parquet"]
 
 
 def test_the_text_is_that_of_the_plain_model(tiny, tmp_path):
@@ -263,6 +302,21 @@ def test_validate_judges_a_live_run(tiny, tmp_path, capsys, monkeypatch):
         assert cell["forecaster"] == "markov"
         assert cell["tpot_gpu_s"] > 0
     assert (tmp_path / "both.gz").exists()
+
+
+def test_validate_runs_a_predictor(tiny, tmp_path, predictor, capsys, monkeypatch):
+    """Beside the model in one world, by what it said there in the other; not for ``lru``."""
+    monkeypatch.setitem(simctl.COMMANDS, "validate", "reports.cli_validate:validate")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"text": text}) for text in PROMPTS))
+    words = ["validate", "--model", tiny, "--prompts", prompts, "--device", "cpu", "--slots", 12]
+    words += ["--policy", "predictive", "--policy", "lru", "--batch", 2, "--max-tokens", 6]
+    words += ["--forecaster", f"routing-path:{predictor}", "--json", "-"]
+    assert simctl.main([*map(str, words)]) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [cell["decisions_equal"] for cell in cells] == [True, True]
+    assert cells[0]["policy"] == f"predictive (routing-path:{predictor})"
+    assert [cell["forecaster"] for cell in cells] == ["routing-path", ""]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the trained models in ../shared")

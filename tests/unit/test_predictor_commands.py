@@ -134,6 +134,33 @@ def test_the_same_command_gives_the_same_bytes(capsys, files, tmp_path):
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
+def test_the_vocabulary_that_a_capture_wrote_down(capsys, files, tmp_path):
+    """It needs no --vocabulary, one that is given goes first, and two models do not mix."""
+    from runtime.predictor.files import load_predictor
+
+    trace, out = rule_trace(1, 4), tmp_path / "p.safetensors"
+    paths = {}
+    for vocabulary in (23, 24, 19, True):
+        paths[vocabulary] = tmp_path / f"{vocabulary}.parquet"
+        extra = {"capture": {"vocabulary": vocabulary}}
+        write_trace(paths[vocabulary], MODEL, trace.items, source="", license="", extra=extra)
+    words = ["predictor", "train", "--out", out, "--device", "cpu", *SMALL, "--steps", 1]
+    for traces, options, expected in (
+        ([paths[23]], [], 23),
+        ([paths[23]], ["--vocabulary", 30], 30),
+        ([files["train"], paths[23]], [], 23),
+        ([paths[True]], [], 256),
+    ):
+        chosen = [word for path in traces for word in ("--trace", path)]
+        run(capsys, *words, *chosen, *options, "--restart")
+        assert load_predictor(out).spec.vocabulary == expected
+    found = refused(capsys, *words, "--trace", paths[23], "--trace", paths[24], "--restart")
+    assert "24.parquet: model has a vocabulary of 24, expected 23 as in" in found
+    found = refused(capsys, *words, "--trace", paths[19], "--restart")
+    assert "19.parquet: sequence" in found
+    assert "expected below 19, the predictor's vocabulary" in found
+
+
 def test_several_traces_and_epochs(capsys, files, tmp_path):
     out = tmp_path / "p.safetensors"
     words = train_words(files, out, "--trace", files["test"], "--epochs", 2, "--batch", 32)

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
+from runtime.predictor import caches  # noqa: E402
 from runtime.predictor.files import stored_bytes  # noqa: E402
 from runtime.predictor.inference import score  # noqa: E402
 from runtime.predictor.live import LivePredictor  # noqa: E402
@@ -110,8 +111,11 @@ def test_the_prompt_reaches_what_is_decoded():
 
 
 @pytest.mark.parametrize("tail", [0, 2, 100])
-def test_one_token_at_a_time_gives_what_one_pass_gives(tail):
+def test_one_token_at_a_time_gives_what_one_pass_gives(tail, monkeypatch):
     """Sequences of several lengths, begun at different times, in changing company."""
+    # Small enough that they grow.
+    monkeypatch.setattr(caches, "FIRST_ROWS", 1)
+    monkeypatch.setattr(caches, "FIRST_COLUMNS", 16)
     model = small_predictor(2, tail=tail)
     sequences = drawn_sequences([(5, 9), (1, 70), (0, 30), (80, 4), (3, 20), (7, 2)])
     expected = {found.sequence.id: found for found in score(model, sequences)}

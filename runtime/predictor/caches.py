@@ -1,0 +1,63 @@
+"""Keys and values that a predictor's decoder keeps of the sequences it follows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runtime.predictor.blocks import KeysValues
+from runtime.predictor.model import Predictor
+
+#: Rows and columns that a cache has at first; each doubles when it is full. A cache that grows
+#: costs new graphs.
+FIRST_ROWS, FIRST_COLUMNS = 4, 256
+
+
+class Cache:
+    """Keys and values of one attention of every decoder block: [blocks, 2, rows, heads, S, d_kv].
+
+    What is beyond a row's own length is never looked at.
+    """
+
+    def __init__(self, model: Predictor) -> None:
+        spec = model.spec
+        self._store = torch.zeros(
+            spec.blocks, 2, FIRST_ROWS, spec.heads, FIRST_COLUMNS, spec.d_kv,
+            device=next(model.parameters()).device,
+        )  # fmt: skip
+
+    @property
+    def columns(self) -> int:
+        """Columns there is room for."""
+        return self._store.shape[4]
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes."""
+        return self._store.numel() * self._store.element_size()
+
+    @property
+    def address(self) -> int:
+        """Where it lies: another one after it has grown."""
+        return self._store.data_ptr()
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for so many *rows* and *columns*."""
+        old = self._store
+        shape = list(old.shape)
+        for axis, needed in ((2, rows), (4, columns)):
+            while shape[axis] < needed:
+                shape[axis] *= 2
+        if shape != list(old.shape):
+            self._store = old.new_zeros(shape)
+            self._store[:, :, : old.shape[2], :, : old.shape[4]] = old
+
+    def put(self, block: int, rows: Tensor, columns: Tensor, fresh: KeysValues) -> None:
+        """Keep *fresh* keys and values [B, heads, S, d_kv] at *rows* [B], *columns* [B, S]."""
+        for kind, values in enumerate(fresh):
+            self._store[block, kind][rows[:, None], :, columns] = values.transpose(1, 2)
+
+    def get(self, block: int, rows: Tensor, columns: int) -> KeysValues:
+        """The first *columns* of *rows*."""
+        kept = self._store[block, :, :, :, :columns]
+        return kept[0][rows], kept[1][rows]
