@@ -105,10 +105,11 @@ def test_an_inner_block_gives_nothing_back() -> None:
 
 
 def test_an_interrupt_is_no_neighbour() -> None:
-    times = iter([1.0, 1.0, 1.0, 9.0, 1.0, 9.0])
+    times = iter([1.0, 1.0, 1.0, 9.0, 1.0, 9.0, 9.0, 1.0])
     cores = Cores(lambda: next(times), lambda: (), lambda _: None)
     assert cores.speed() == 1.0
     assert cores.speed() == 1.0
+    assert cores.glance() == 1.0
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot choose cores here")
