@@ -118,7 +118,20 @@ def _cache(result: Result) -> list[str]:
     ]  # fmt: skip
     if result.quality:
         lines.append(_row("not exact", _departure(result.quality)))
+    if result.schedule:
+        lines.append(_row("scheduler", _scheduling(result)))
     return lines
+
+
+def _scheduling(result: Result) -> str:
+    """What a token scheduler won in distinct experts, and what it moved for that."""
+    found = result.schedule or {}
+    distinct, before = found["distinct_experts"], found["distinct_in_file_order"]
+    return (
+        f"{result.scheduler}: {significant(distinct)} distinct experts per step, in file order "
+        f"{significant(before)}; {count(int(found['divisions']))} divisions, "
+        f"{data(found['moved_bytes'])} of KV moved, {duration(found['waited_s'])} waited"
+    )
 
 
 def _departure(quality: Mapping[str, float]) -> str:
