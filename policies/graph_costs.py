@@ -102,8 +102,9 @@ class UntoldChanges:
         What is computed before the graph is hidden from it, and put right later.
         """
         demanded = (move for wave in plan.waves for move in wave)
-        # For this event alone they are read from elsewhere.
-        borrowed = sum(s is not Service.CPU for s in (plan.served or {}).values())
+        # For this event alone they are read from elsewhere; what is left out has no entry anyway.
+        served = (plan.served or {}).values()
+        borrowed = sum(s is not Service.CPU and s is not Service.SKIP for s in served)
         changes = self.count + table_changes(demanded, self._total) + borrowed
         self.count = table_changes(plan.prefetch, self._total) + borrowed
         if plan.whole:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.bank import ExpertTable
 from runtime.calibration.bench import Bench
 from runtime.calibration.fits import significant
 from runtime.lanes import lanes_for
@@ -57,17 +56,15 @@ class Graphs(NamedTuple):
     """Seconds around a captured graph that ends with an answer in pinned memory.
 
     *launch_s*: what passes on the device between marks around a replay beside the graph
-    itself; *sync_s*: what the host waits for the answer beside that; *table_s*: one change of
-    the table that tells the device where experts lie.
+    itself; *sync_s*: what the host waits for the answer beside that.
     """
 
     launch_s: float
     sync_s: float
-    table_s: float
 
 
 def measure_graphs(bench: Bench) -> Graphs:
-    """One graph round trip, taken apart; on the CPU only the answer's copy and the table."""
+    """One graph round trip, taken apart; on the CPU only the answer's copy."""
     lanes = lanes_for(bench.device, timed=True)
     there = torch.zeros(1, 8, dtype=torch.int64, device=bench.device)
     here = torch.zeros(1, 8, dtype=torch.int64, pin_memory=bench.cuda)
@@ -94,8 +91,7 @@ def measure_graphs(bench: Bench) -> Graphs:
     sync_s, launch_s = round_trip_parts(
         both_s, statistics.median(between), bench.device_s(replay, 50, held=True)
     )
-    table_s = significant(_table_s(bench))
-    return Graphs(launch_s if bench.cuda else 0.0, sync_s, table_s)
+    return Graphs(launch_s if bench.cuda else 0.0, sync_s)
 
 
 def round_trip_parts(whole_s: float, between_s: float, graph_s: float) -> tuple[float, float]:
@@ -106,20 +102,3 @@ def round_trip_parts(whole_s: float, between_s: float, graph_s: float) -> tuple[
     """
     sync_s = max(whole_s - between_s, LEAST_PART_S)
     return significant(sync_s), significant(max(between_s - graph_s, LEAST_PART_S))
-
-
-def _table_s(bench: Bench, changes: int = 4) -> float:
-    """Host seconds to note and send one of *changes* of the table of experts."""
-    table = ExpertTable(4, 64, lanes_for(bench.device))
-    turn = 0
-
-    def update() -> None:
-        nonlocal turn
-        turn += 1
-        for expert in range(changes):
-            table.set(expert * 7, turn % 32)
-        table.flush()
-
-    update()
-    bench.wait()
-    return bench.host_s(update, 50) / changes

@@ -237,18 +237,13 @@ def _host(found: Measured) -> dict[str, Any]:
 
 def _captured(found: Measured) -> dict[str, Any]:
     """What a run tells of the host where decode steps are captured."""
-    if not found.layers.floor_s:
-        return {}
-    host: dict[str, Any] = {
-        "graph_launch_s": found.graphs.launch_s,
-        "table_update_s": found.graphs.table_s,
-    }
     runs = found.runs
     if runs is None:
-        return host
+        return {}
     # A fit may leave a part out that is there: what was measured alone then stands.
     issue_s = runs.host.issue_s or found.copies.issue_s
-    return host | {
+    return {
+        "graph_launch_s": found.graphs.launch_s,
         "copy_issue_s": significant(issue_s),
         "step_s": significant(runs.step_s),
         "table_update_s": significant(runs.host.change_s),
@@ -329,7 +324,6 @@ def _graph_sources(found: Measured) -> dict[str, str]:
         return sources
     return sources | {
         "host.graph_launch_s": "device time between marks around a graph's replay, less the graph",
-        "host.table_update_s": "host time of changes of the runtime's expert table, each",
         "software.layer_floor_s": (
             "from launch to answer in decode steps of middle-sized models, medians, less the "
             f"answer's way and what a layer reads; {ANY_FAMILY}: their mean"
