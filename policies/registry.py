@@ -77,7 +77,7 @@ class Registry(Generic[T]):
     def build(self, text: str) -> T:
         """Build what *text* asks for; every mistake in it is one :class:`InputError`."""
         cls, options = self._find(text)
-        return self._construct(cls, options, text)
+        return self.construct(cls, options, text)
 
     def _find(self, text: str) -> tuple[type[T], str]:
         head, _, rest = text.partition(":")
@@ -115,7 +115,8 @@ class Registry(Generic[T]):
             cls.name = f"{path.name}:{class_name}"  # type: ignore[attr-defined]
         return cls
 
-    def _construct(self, cls: type[T], options: str, text: str) -> T:
+    def construct(self, cls: type[T], options: str, text: str) -> T:
+        """A *cls* with *options* (``name=value,…``); *text* is what the user wrote, for errors."""
         name = getattr(cls, "name", cls.__name__)
         fields = parameters(cls)
         values: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from traces.errors import InputError
 STALL, BANDWIDTH = 0.20, 0.95
 
 #: How fast the host has to run, 1 being its fastest.
-HOST_SPEED = 0.85
+HOST_SPEED = 0.8
 
 #: Ways to validate: routing forced from a trace, or a checkpoint that generates text.
 MODES = ("replay", "live")

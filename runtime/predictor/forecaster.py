@@ -161,6 +161,6 @@ class LivePath(RoutingPath):
 def live_forecaster(text: str) -> LivePath:
     """The forecaster that *text* (``routing-path:p.safetensors,floor=0.3``) asks for."""
     options = text.partition(":")[2]
-    found = FORECASTERS._construct(LivePath, options, text)
+    found = FORECASTERS.construct(LivePath, options, text)
     assert isinstance(found, LivePath)
     return found
