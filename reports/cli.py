@@ -32,7 +32,9 @@ COMPARED = ("lru", "lfu", "lfru", "predictive", "belady")
 
 #: How sequences, slots and copies are arranged: options of every command that runs policies.
 ARRANGEMENT = (
-    click.option("--scheduler", default="none", show_default=True, help="Which sequences run together."),
+    click.option(
+        "--scheduler", default="none", show_default=True, help="Which sequences run together."
+    ),
     click.option(
         "--pool",
         type=click.Choice(["global", "layer"]),
