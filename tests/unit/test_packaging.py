@@ -145,6 +145,9 @@ def test_data_files_lie_where_the_wheel_takes_them() -> None:
     samples = list((ROOT / "traces" / "samples").glob("*.parquet"))
     assert len(samples) >= 2
     assert all(path.stat().st_size <= 2_000_000 for path in samples)
+    predictors = list((ROOT / "traces" / "predictors").glob("*.safetensors"))
+    assert {path.stem for path in predictors} == {path.stem for path in samples}
+    assert sum(path.stat().st_size for path in predictors) <= 5_000_000
 
 
 def test_nothing_of_the_packages_is_ignored_by_git() -> None:

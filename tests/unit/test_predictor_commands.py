@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 import simctl
 from tests.helpers import ROOT, SAMPLES
 from tests.helpers_predictor import MODEL, drawn_sequences, rule_trace
-from traces.store import write_trace
+from traces.store import open_trace, write_trace
 
 SMALL = ["--d-model", "16", "--d-ff", "32", "--heads", "2", "--d-kv", "8", "--blocks", "1"]
 
@@ -327,3 +328,16 @@ def test_a_run_refuses_the_forecasts_of_another_trace(capsys, files, tmp_path):
     words[4] = SAMPLES["coarse-8x2"]
     found = refused(capsys, *words, "--forecaster", f"routing-path:{out}")
     assert "layers is 3, expected 8" in found
+
+
+@pytest.mark.parametrize(("name", "least"), [("coarse-8x2", 0.88), ("granular-64x8", 0.74)])
+def test_those_that_ship_know_the_samples(capsys, tmp_path, name, least):
+    """Recall at top-k of decoded tokens, as docs/predictor.md says it, less some air."""
+    predictor = ROOT / "traces" / "predictors" / f"{name}.safetensors"
+    sample = open_trace(str(SAMPLES[name]))
+    trace = tmp_path / "few.parquet"
+    few = itertools.islice(sample.sequences(), 12)
+    write_trace(trace, sample.model, few, source="", license="")
+    words = ("predictor", "evaluate", "--predictor", predictor, "--trace", trace, "--json", "-")
+    found = json.loads(run(capsys, *words))["methods"]["routing-path"]["decode"]
+    assert found["at"][str(sample.model.top_k)]["recall"] > least
