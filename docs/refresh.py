@@ -78,6 +78,7 @@ def written_files(page: Path) -> Mapping[str, str]:
 def furnish(folder: Path, page: Path, samples: Path = ROOT / "traces/samples") -> None:
     """Put into *folder* what the commands of *page* expect beside them."""
     shutil.copytree(samples, folder / "traces/samples", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "traces/predictors", folder / "traces/predictors", dirs_exist_ok=True)
     shutil.copytree(ROOT / "examples", folder / "examples", dirs_exist_ok=True)
     for name, text in written_files(page).items():
         (folder / name).write_text(text, encoding="utf-8")
