@@ -1,5 +1,5 @@
 #!/bin/sh
-# How much the parts of ExpertFlow win, simulated, on the sample traces; about eight minutes:
+# How much the parts of ExpertFlow win, simulated, on the sample traces; about four minutes:
 #
 #     docs/expertflow/run.sh OUT
 #
