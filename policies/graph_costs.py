@@ -173,8 +173,8 @@ class GraphCosts:
         """What one expert of *tokens* tokens adds to an event."""
         seconds = self._experts.get(tokens)
         if seconds is None:
-            efficiency = self._efficiency / (1 + self._shared * (tokens - 1))
-            seconds = self._roofline_s(self.model.expert_bytes, tokens, efficiency)
+            size = self.model.expert_bytes
+            seconds = self._read_s(size, tokens, self._efficiency, self._shared)
             self._experts[tokens] = seconds
         return seconds
 
@@ -184,13 +184,14 @@ class GraphCosts:
         if seconds is None:
             if self._low_efficiency:
                 share = self.profile.expert.low_token_share
-                efficiency = self._low_efficiency / (1 + share * (tokens - 1))
-                seconds = self._roofline_s(self._low_bytes, tokens, efficiency)
+                seconds = self._read_s(self._low_bytes, tokens, self._low_efficiency, share)
             else:
                 seconds = self.expert_s(tokens)
             self._lows[tokens] = seconds
         return seconds
 
-    def _roofline_s(self, size_bytes: int, tokens: int, efficiency: float) -> float:
+    def _read_s(self, size_bytes: int, tokens: int, efficiency: float, share: float) -> float:
+        """An expert of *size_bytes*, longer by *share* of reading it for each further token."""
+        efficiency /= 1 + share * (tokens - 1)
         flops = 2 * self.model.expert_params
         return self.profile.expert_roofline_s(size_bytes, flops, tokens, efficiency)

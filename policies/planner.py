@@ -20,7 +20,7 @@ from policies.decisions import DecisionLog
 from policies.ledger import ExpertCache, LedgerError
 from policies.moves import Move
 from policies.routing import Routing, Step
-from traces.errors import InputError, first_line
+from traces.errors import InputError, kind_and_line, raised_line
 
 #: Functions in which a plug-in's answer is taken apart -> the hook that gave it.
 _ASKERS = {
@@ -312,16 +312,13 @@ def blame(planner: Planner, error: Exception) -> Exception:
     }
     step, layer = divmod(planner.cache.event, planner.context.layers)
     when = f"at event {planner.cache.event} (step {step}, layer {layer})"
-    what = f"{type(error).__name__}: {first_line(error)}"
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
         if frame.filename in theirs:
-            return PolicyError(
-                f"{theirs[frame.filename]!r} raised {what} {when}, "
-                f"{frame.filename}:{frame.lineno} in {frame.name}"
-            )
+            return PolicyError(raised_line(theirs[frame.filename], error, when, frame))
     if theirs and frames and frames[-1].name in _ASKERS:
         names, hook = " or ".join(map(repr, theirs.values())), _ASKERS[frames[-1].name]
+        what = kind_and_line(error)
         return PolicyError(f"{names} gave an answer of no use in {hook} {when}: {what}")
     return error
 

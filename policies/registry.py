@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from policies.base import Forecaster, Policy
 from policies.scheduling import BatchScheduler
-from traces.errors import InputError, first_line
+from traces.errors import InputError, first_line, kind_and_line
 from traces.names import did_you_mean
 
 T = TypeVar("T")
@@ -188,9 +188,7 @@ def _import_file(path: Path, kind: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise InputError(
-            f"{kind} file {path}: does not import ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        raise InputError(f"{kind} file {path}: does not import ({kind_and_line(error)})") from error
     return module
 
 

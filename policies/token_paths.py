@@ -17,7 +17,7 @@ import numpy as np
 from policies.base import Context, Forecaster
 from policies.routing import DECODE, Routing, Step
 from policies.scheduling import BoolArray, TokenScheduler
-from traces.errors import InputError, first_line
+from traces.errors import InputError, raised_line
 from traces.trace import TokenSequence
 
 
@@ -40,10 +40,7 @@ def in_one_line(plugin: TokenScheduler | Forecaster, when: str) -> Iterator[None
         if type(plugin).__module__.startswith("policies."):
             raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(
-            f"{plugin.name!r} raised {type(error).__name__}: {first_line(error)} {when}, "
-            f"{frame.filename}:{frame.lineno} in {frame.name}"
-        ) from error
+        raise InputError(raised_line(plugin.name, error, when, frame)) from error
 
 
 def forecasts_single_tokens(forecaster: Forecaster | type[Forecaster] | None) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies.kv_moves import SchedulingTimes, seating_of, waited_s
+from policies.kv_moves import seating_of, waited_s
 from policies.routing import DECODE, Step
 from policies.schedule import Seating
 from policies.session import TraceSession
@@ -48,7 +48,6 @@ class Replay:
         self._most = session.shape.prompt_tokens
         longest, self._schedule = session.shape.cache_tokens, session.schedule
         self._caches = ReplayCaches(model, self._device, longest, self._schedule)
-        self._times = SchedulingTimes()
         self._divisions_s = iter(session.division_s(hook.engine.lanes.now))
         #: Marks around what moved keys and values, not read yet.
         self._following: list[tuple[Mark, Mark]] = []
@@ -67,8 +66,7 @@ class Replay:
         world.finish()
         if self._schedule is not None:
             self._hook.engine.lanes.finish()
-            self._read_following()
-            world.scheduling = self._times
+            self._read_following(world)
 
     def close(self) -> None:
         """Take the hooks off the model and forget its caches."""
@@ -86,11 +84,11 @@ class Replay:
         if isinstance(hook.maths, Reference):
             hook.maths.decoding = decoding
         engine.lanes.finish()
-        self._read_following()
+        self._read_following(world)
         world.begin(decoding)
         begun = engine.lanes.now()
         if seating is not None:
-            self._await_division(seating, world.decode_step_s[-1] if world.decode_step_s else 0.0)
+            self._await_division(seating, world)
         hook.step = step
         engine.begin(step)
         if seating is not None:
@@ -103,12 +101,13 @@ class Replay:
         engine.end()
         hook.step = None
 
-    def _await_division(self, seating: Seating, step_before_s: float) -> None:
+    def _await_division(self, seating: Seating, world: RealWorld) -> None:
         """Wait for as long as no step hides that the sequences are divided into groups."""
+        step_before_s = world.decode_step_s[-1] if world.decode_step_s else 0.0
         divided_s = next(self._divisions_s)
         seconds = waited_s(seating, divided_s, step_before_s)
-        self._times.host_s += divided_s
-        self._times.waited_s += seconds
+        world.scheduling.host_s += divided_s
+        world.scheduling.waited_s += seconds
         now = self._hook.engine.lanes.now
         end = now() + seconds
         while now() < end:
@@ -123,11 +122,11 @@ class Replay:
         self._caches.follow(step, seating)
         self._following.append((before, lanes.mark()))
 
-    def _read_following(self) -> None:
+    def _read_following(self, world: RealWorld) -> None:
         """Add up what moving keys and values took; the device has done all of it."""
         lanes = self._hook.engine.lanes
         for before, after in self._following:
-            self._times.kv_s += lanes.read(after) - lanes.read(before)
+            world.scheduling.kv_s += lanes.read(after) - lanes.read(before)
             lanes.recycle([before, after])
         self._following.clear()
 

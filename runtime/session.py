@@ -110,8 +110,8 @@ class ReplaySession(TraceSession):
         engine.clock = clock
         replay = Replay(real.model, hook, self, self.options)
         try:
-            with no_garbage_collection(), torch.no_grad(), at_full_speed(self.device) as cores:
-                world.cores = cores
+            quick = at_full_speed(self.device)
+            with no_garbage_collection(), torch.no_grad(), quick as world.cores:
                 replay.run(watch(prepared.steps()), world)
             return world, peak_bytes(self.device)
         finally:

@@ -125,9 +125,7 @@ class Cell:
     @property
     def disturbed(self) -> bool:
         """Whether a GPU waited for a link, or a host, that was slower than the profile knows it."""
-        slow_link = self._waited and (self.bandwidth_share or 1.0) < BANDWIDTH
-        slow_host = self.host_speed is not None and self.host_speed < HOST_SPEED
-        return self.world == GPU and (slow_link or slow_host)
+        return self.world == GPU and self.calm < 1
 
     @property
     def calm(self) -> float:
@@ -136,13 +134,9 @@ class Cell:
         The smaller of the host's speed and, in runs that wait for it, the link's, over what the
         profile expects of either.
         """
-        link = (self.bandwidth_share or 1.0) if self._waited else 1.0
+        waited = (self.stall_share or 0.0) > STALL
+        link = (self.bandwidth_share or 1.0) if waited else 1.0
         return min(link / BANDWIDTH, (self.host_speed or 1.0) / HOST_SPEED)
-
-    @property
-    def _waited(self) -> bool:
-        """Whether the run counts as one that waits for the link."""
-        return (self.stall_share or 0.0) > STALL
 
     @property
     def memory_error(self) -> float | None:

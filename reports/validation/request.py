@@ -16,7 +16,7 @@ from policies.session import Setup, TraceSession
 from reports.labels import budget_text, policy_label
 from reports.validation.cells import Cell
 from reports.validation.cut import Cut
-from traces.errors import InputError, first_line
+from traces.errors import InputError, first_line, kind_and_line
 
 #: What may go wrong in one cell and leave the others standing: torch's errors are RuntimeErrors.
 FAILURES = (InputError, RuntimeError, MemoryError)
@@ -119,8 +119,7 @@ def about_run(request: Request, session: TraceSession, run: Run, slots: int) -> 
 
 def failure_words(error: BaseException) -> str:
     """What a failed cell says: one line, the kind of error before it unless it is the user's."""
-    said = first_line(error)
-    return said if isinstance(error, InputError) else f"{type(error).__name__}: {said}"
+    return first_line(error) if isinstance(error, InputError) else kind_and_line(error)
 
 
 def timeline_name(result: Result) -> str:
