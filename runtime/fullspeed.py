@@ -97,14 +97,12 @@ class Cores:
         return found
 
     def glance(self) -> float:
-        """How fast the thread runs; a slow core is left for the next, which may be no better.
+        """How fast the thread runs, for moments in which there is nothing else to do.
 
-        For moments in which there is nothing else to do.
+        It stays where it is: on another core its code is in no cache, and from event to
+        event that costs more than a neighbour does.
         """
-        speed = self.speed(GLANCES)
-        if speed * TOLERANCE < 1 and self._cores:
-            self._next()
-        return speed
+        return self.speed(GLANCES)
 
     def _next(self) -> None:
         self._at = (self._at + 1) % len(self._cores)

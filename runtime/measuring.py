@@ -51,7 +51,7 @@ class RealWorld:
 
     Prefill steps and one in *mark_every* decode steps (0: none; all while *recording*) are
     marked, stretch by stretch: they say by which causes the time of all steps is split. If it is
-    given *cores*, the thread leaves slow ones, before a step and while it waits.
+    given *cores*, the thread leaves slow ones before each step.
     Call :meth:`begin` before a step, :meth:`add` after it, :meth:`finish` at the end.
     """
 
@@ -132,9 +132,10 @@ class RealWorld:
         self.link.issued = [] if self._marked else None
 
     def _look(self) -> None:
-        """The device works and the host waits: time enough to see how fast it is."""
+        """The device works and the host waits: time enough, once a step, to see how fast it is."""
         assert self.cores is not None
         self._speeds.append(self.cores.glance())
+        self.engine.on_wait = None
 
     def _note(self, routing: Routing, plan: Plan, late: Sequence[int]) -> None:
         """One event, for the recording."""

@@ -15,7 +15,7 @@ from policies.tables import build, leaves
 from runtime.bank import RING
 from runtime.calibration import machine
 from runtime.calibration.bench import Bench
-from runtime.calibration.copies import SIZES, Copies, Table, measure_copies
+from runtime.calibration.copies import Copies, Table, measure_copies
 from runtime.calibration.experts import (
     CpuRates,
     Experts,
@@ -78,7 +78,7 @@ class Measured(NamedTuple):
 
 def steps_of_progress() -> int:
     """At most how often *advance* is called by :func:`measure`."""
-    return 2 * len(SIZES) + 2 * len(POLICIES.classes()) + len(FAMILIES) + OTHER_STEPS
+    return 2 + 2 * len(POLICIES.classes()) + len(FAMILIES) + OTHER_STEPS
 
 
 def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measured:

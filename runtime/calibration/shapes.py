@@ -120,7 +120,10 @@ def tiny_model(family: str, layers: int, bench: Bench, dims: Dimensions | None =
     torch.manual_seed(0)
     maker: Any = AutoModelForCausalLM
     config = config_of(family, dims or tiny_dimensions(family, layers, wide=bench.cuda))
-    return maker.from_config(config, dtype=torch.bfloat16).eval()
+    # Weights are drawn on the device: the CPU takes seconds for a model.
+    with torch.device(bench.device):
+        model = maker.from_config(config, dtype=torch.bfloat16).eval()
+    return model.to("cpu")
 
 
 @contextmanager
