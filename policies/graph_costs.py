@@ -132,6 +132,9 @@ class GraphCosts:
         self.launch_s = profile.host.graph_launch_s
         self._change_s = profile.host.table_update_s
         self._rewrite_s = profile.host.table_rewrite_s or math.inf
+        self._cold_share = profile.host.cold_share
+        self._cold_after_s = profile.host.cold_after_s
+        self._cold_most_s = profile.host.cold_most_s
         software, facts = profile.software, facts_of(model)
         self.floor_s = _of_family(software.layer_floor_s, facts.family, 0.0)
         self._several_s = _of_family(software.several_floor_s, facts.family, self.floor_s)
@@ -150,6 +153,16 @@ class GraphCosts:
         self._low_efficiency = profile.expert.low_efficiency.get(str(low_bits), 0.0)
         self._experts: dict[int, float] = {}
         self._lows: dict[int, float] = {}
+
+    def cold(self, waited_s: float) -> float:
+        """How much longer, as a share, the host takes at first after *waited_s* without work."""
+        if waited_s <= 0.0:
+            return 0.0
+        return self._cold_share * math.log1p(waited_s / self._cold_after_s)
+
+    def colder(self, seconds: float, cold: float) -> float:
+        """Host work of *seconds* in warm caches, after a wait that :meth:`cold` weighed."""
+        return seconds + cold * min(seconds, self._cold_most_s)
 
     def table_s(self, changes: int) -> float:
         """Host time to tell the next graph of *changes* of the table of experts."""

@@ -127,6 +127,10 @@ class Host:
     each demanded move and *prefetch_s* for each prefetch, and every event that misses anything
     *miss_s* before the first of its copies is issued. What a table *policy_...* says of a
     policy takes the place of the figure for all.
+
+    A host that has waited w seconds for a graph's answer finds less of what it needs in its
+    caches: the first *cold_most_s* of what it then plans, and of what it issues, take
+    1 + *cold_share* ln(1 + w / *cold_after_s*) times as long.
     """
 
     copy_issue_s: float
@@ -142,6 +146,9 @@ class Host:
     move_s: float = field(default=0.0, metadata={"least": 0})
     prefetch_s: float = field(default=0.0, metadata={"least": 0})
     miss_s: float = field(default=0.0, metadata={"least": 0})
+    cold_share: float = field(default=0.0, metadata={"least": 0})
+    cold_after_s: float = 1e-4
+    cold_most_s: float = 1.0
     policy_event_s: Mapping[str, float] = field(
         default_factory=dict, hash=False, metadata={"least": 0}
     )

@@ -38,8 +38,7 @@ class GraphSteps:
         """
         world, graph = self._world, self._graph
         env, pending, plan_event = world.env, world.link.pending, world.planner.plan
-        sync_s, quiet_s = world.costs.sync_s, world.event_s + graph.launch_s
-        access_s = world.access_s
+        sync_s, event_s, access_s = world.costs.sync_s, world.event_s, world.access_s
         attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s
         one = graph.expert_s(1) if step.size == 1 else 0.0
         ideal_s = 0.0
@@ -49,6 +48,7 @@ class GraphSteps:
         for layer, experts in enumerate(step.demand):
             gate = world.gpu_free_s + attention
             decide = gate + sync_s
+            cold = graph.cold(decide - world.host_free_s)
             if world.host_free_s > decide:  # the host still issued prefetches
                 decide = world.host_free_s
             yield env.timeout(decide - env.now)
@@ -60,11 +60,12 @@ class GraphSteps:
             work = len(experts) * one if seconds is None else sum(seconds.values())
             ideal_s += work
             if plan is NOTHING and not pending and not self._untold.count:
-                start = decide + (quiet_s + access_s * len(experts))
+                thinking = graph.colder(event_s + access_s * len(experts), cold)
+                start = decide + thinking + graph.launch_s
                 world.host_s += start - gate
                 self._compute(start, start, work)
             else:
-                self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
+                self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one), cold)
             if world.observer is not None:
                 world.observer.event(routing, plan, (gate - attention, gate))
         world.events = event
@@ -79,8 +80,10 @@ class GraphSteps:
         world.host_s += start - world.gpu_free_s
         world.host_free_s = world.gpu_free_s = start
 
-    def _serve(self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]) -> None:
-        """An event that waits for copies or makes some.
+    def _serve(
+        self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float], cold: float
+    ) -> None:
+        """An event that waits for copies or makes some, after a wait that left the host *cold*.
 
         One graph takes all experts of an event together. Where they do not fit together, or
         some are computed by the CPU, they are computed eagerly and the graph follows.
@@ -88,7 +91,7 @@ class GraphSteps:
         world, graph = self._world, self._graph
         update_s = graph.table_s(self._untold.told(plan, len(routing.experts)))
         if plan.whole:
-            self._fused(routing, plan, gate, update_s, seconds)
+            self._fused(routing, plan, gate, (update_s, cold), seconds)
         else:
             host, now = world.waves(routing, plan, gate, seconds)
             now = world.await_cpu(now)
@@ -104,13 +107,20 @@ class GraphSteps:
         routing: Routing,
         plan: Plan,
         gate: float,
-        update_s: float,
+        telling: tuple[float, float],
         seconds: dict[int, float],
     ) -> None:
-        """All experts of an event in one graph, which waits for every copy it reads."""
-        world = self._world
+        """All experts of an event in one graph, which waits for every copy it reads.
+
+        *telling* is what a warm host takes to tell the graph where they lie, and how cold it is.
+        """
+        world, graph, (update_s, cold) = self._world, self._graph, telling
         decide = world.env.now
-        host = world.planned(routing, plan, decide)
+        warm = world.planned(routing, plan, decide)
+        host = decide + graph.colder(warm - decide, cold)
+        issue_s = world.costs.copy_issue_s
+        issuing = update_s + issue_s * sum(map(len, plan.waves))
+        longer = graph.colder(issuing, cold) / issuing if issuing else 1.0
         if plan.served:
             seconds = world.served(routing, plan.served, seconds, self._graph.low_expert_s)
         work = sum(seconds.values())
@@ -118,9 +128,9 @@ class GraphSteps:
         if world.link.pending:
             awaited = [move for move, _ in world.late_moves(seconds, decide)]
         for wave in plan.waves:
-            host = world.link.demand(wave, host, world.costs.copy_issue_s)
+            host = world.link.demand(wave, host, issue_s * longer)
             awaited += wave
-        launched = now = host + update_s + self._graph.launch_s
+        launched = now = host + update_s * longer + graph.launch_s
         world.host_s += launched - gate
         for move in awaited:
             if world.ready_s(move) > now:

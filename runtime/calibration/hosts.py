@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,22 @@ from runtime.eventclock import ANSWERED, LAUNCHED, PLANNED, Times
 
 #: Kinds of events that miss the first fit by more than so many times the median miss are left out.
 OUTLIER = 6.0
+
+#: An event counts as at most so many times the median of its kind. Means, not medians, because a
+#: run consists of all of its events; a pause of the host is not the policy's.
+CLIP = 10.0
+
+#: The wait from which on it counts; the shares of the host's time that are tried for it, and for
+#: how long after a wait the host is cold.
+COLD_AFTER_S = 1e-4
+COLD_SHARES = tuple(i / 20 for i in range(31))
+COLD_MOST_S = (2e-5, 4e-5, 8e-5, 1.6e-4, 1.0)
+
+#: Rounds in which the time of a warm host and how much longer a cold one takes are settled.
+ROUNDS = 4
+
+#: Borders between waits that make events of another kind.
+WAITS_S = (2.5e-4, 4e-4, 7e-4, 1.2e-3, 2.5e-3, 6e-3)
 
 
 class EventCounts(NamedTuple):
@@ -74,12 +91,28 @@ class Planning(NamedTuple):
         return self.event_s + counts.accesses * self.access_s + moves_s
 
 
+class Cold(NamedTuple):
+    """How a wait slows the host down: its caches go to others.
+
+    The first *most_s* of what it does then take longer by *share* of themselves for each
+    e-fold of the wait beyond :data:`COLD_AFTER_S`.
+    """
+
+    share: float = 0.0
+    most_s: float = 1.0
+
+    def seconds(self, warm_s: Floats, waits_s: Floats) -> Floats:
+        """What takes a warm host *warm_s*, after *waits_s* without work."""
+        colder = self.share * np.log1p(np.maximum(waits_s, 0.0) / COLD_AFTER_S)
+        return np.asarray(warm_s + colder * np.minimum(warm_s, self.most_s))
+
+
 class HostCosts(NamedTuple):
     """What the host takes between an answer and the launch behind it, in seconds.
 
     *planning* by policy; then *launching_s* once, *issue_s* per demanded copy and *change_s*
     per entry of the table. The launch itself is not in them. *missed* is the median miss of
-    the second part as a share of it.
+    the second part as a share of it. These are a warm host's; *cold* says what a wait adds.
     """
 
     planning: dict[str, Planning]
@@ -87,6 +120,7 @@ class HostCosts(NamedTuple):
     issue_s: float
     change_s: float
     missed: float
+    cold: Cold = Cold()
 
 
 def capped(changes: int) -> int:
@@ -97,67 +131,110 @@ def capped(changes: int) -> int:
 def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
     """The host's costs that explain its work in *runs*; *launch_s* of each event is known."""
     names = sorted({run.policy for run in runs})
-    planning = {name: _fit_planning([r for r in runs if r.policy == name]) for name in names}
-    kinds = _medians(runs, PLANNED, LAUNCHED, lambda one: (one.demand, capped(one.changes)))
-    columns = [(1.0, *map(float, kind)) for kind in kinds.kinds]
-    found, off = _robust(columns, np.maximum(kinds.seconds - launch_s, 0.0), kinds.weights)
+    thought = {
+        name: _means([r for r in runs if r.policy == name], ANSWERED, PLANNED, _planned_kind)
+        for name in names
+    }
+    launched = _means(runs, PLANNED, LAUNCHED, _launched_kind)
+    launched = launched._replace(seconds=np.maximum(launched.seconds - launch_s, 0.0))
+    everything = [*thought.values(), launched]
+    tried = (Cold(share, most_s) for share in COLD_SHARES for most_s in COLD_MOST_S)
+    cold = min(tried, key=lambda cold: sum(_missed(kinds, cold) for kinds in everything))
+    found, off = _robust(launched, cold)
     launching_s, issue_s, change_s = found.tolist()
-    missed = float(np.median(off / kinds.seconds))
-    return HostCosts(planning, launching_s, issue_s, change_s, missed)
+    missed = float(np.median(off / np.maximum(launched.seconds, 1e-7)))
+    planning = {name: _planning(kinds, cold) for name, kinds in thought.items()}
+    return HostCosts(planning, launching_s, issue_s, change_s, missed, cold)
 
 
-def _fit_planning(runs: Sequence[TimedRun]) -> Planning:
+def _planned_kind(one: EventCounts) -> tuple[int, ...]:
+    """What planning an event depends on."""
+    return one.accesses, one.demand, one.prefetch
+
+
+def _launched_kind(one: EventCounts) -> tuple[int, ...]:
+    """What launching depends on, once an event is planned."""
+    return one.demand, capped(one.changes)
+
+
+def _planning(kinds: _Kinds, cold: Cold) -> Planning:
     """What one policy takes from an answer to its plan."""
-    kinds = _medians(runs, ANSWERED, PLANNED, lambda one: (one.accesses, one.demand, one.prefetch))
-    columns = [(1.0, *map(float, kind)) for kind in kinds.kinds]
-    found, off = _robust(columns, kinds.seconds, kinds.weights)
+    found, off = _robust(kinds, cold)
     event_s, access_s, move_s, prefetch_s = found.tolist()
     return Planning(event_s, access_s, move_s, prefetch_s, float(np.median(off)))
 
 
 class _Kinds(NamedTuple):
-    """Events of one kind each: its numbers, median seconds, and what it weighs in a fit."""
+    """Events of one kind each: its numbers, mean seconds and wait, its weight in a fit."""
 
     kinds: list[tuple[int, ...]]
     seconds: Floats
+    waits_s: Floats
     weights: Floats
 
+    def fit(self, cold: Cold, kept: Any = slice(None)) -> tuple[Floats, Floats]:
+        """The parts of a warm host's time that explain those *kept*, and what all would take."""
+        columns = np.array([(1.0, *map(float, kind)) for kind in self.kinds])
+        longer = np.ones(len(columns))
+        weights = self.weights[kept]
+        for _ in range(ROUNDS if cold.share else 1):
+            scaled = columns[kept] * (longer[kept] * weights)[:, None]
+            found = nonnegative(scaled, self.seconds[kept] * weights)
+            warm = np.maximum(columns @ found, 1e-9)
+            longer = cold.seconds(warm, self.waits_s) / warm
+        return found, warm * longer
 
-def _medians(
+
+def _means(
     runs: Sequence[TimedRun],
     begin: int,
     end: int,
     kind_of: Callable[[EventCounts], tuple[int, ...]],
 ) -> _Kinds:
-    """Medians of the stretch from *begin* to *end*; events computed apart are left out.
+    """Means of the stretch from *begin* to *end*, by kind and by how long the host waited before.
 
+    Events computed apart are left out, and those of the first layer, whose wait is not known.
     A kind weighs as the root of its events, and relative to its length.
     """
-    groups: dict[tuple[int, ...], list[float]] = {}
+    groups: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for run in runs:
-        stretches = (run.times[:, :, end] - run.times[:, :, begin]).tolist()
-        for counts, row in zip(run.counts, stretches, strict=True):
-            for one, seconds in zip(counts, row, strict=True):
+        stretches = (run.times[:, 1:, end] - run.times[:, 1:, begin]).tolist()
+        waits = (run.times[:, 1:, ANSWERED] - run.times[:, :-1, LAUNCHED]).tolist()
+        for counts, row, waited in zip(run.counts, stretches, waits, strict=True):
+            for one, seconds, wait_s in zip(counts[1:], row, waited, strict=True):
                 if not one.apart:
-                    groups.setdefault(kind_of(one), []).append(seconds)
-    seconds = np.array([statistics.median(found) for found in groups.values()])
+                    kind = (*kind_of(one), int(np.searchsorted(WAITS_S, wait_s)))
+                    groups.setdefault(kind, []).append((seconds, wait_s))
+    seconds = np.array([_mean([s for s, _ in found]) for found in groups.values()])
+    waits_s = np.array([statistics.fmean(w for _, w in found) for found in groups.values()])
     weights = np.sqrt([float(len(found)) for found in groups.values()])
-    return _Kinds(list(groups), seconds, weights / np.maximum(seconds, 1e-7))
+    kinds = [kind[:-1] for kind in groups]
+    return _Kinds(kinds, seconds, waits_s, weights / np.maximum(seconds, 1e-7))
 
 
-def _robust(
-    rows: Sequence[tuple[float, ...]], values: Floats, weights: Floats
-) -> tuple[Floats, Floats]:
-    """Least squares without negatives, and what it misses of each of *values*.
+def _mean(values: Sequence[float]) -> float:
+    """The mean of *values*, of which none counts as more than :data:`CLIP` medians."""
+    most = CLIP * max(statistics.median(values), 1e-9)
+    return statistics.fmean(min(value, most) for value in values)
+
+
+def _missed(kinds: _Kinds, cold: Cold) -> float:
+    """The squares that a fit of *kinds* misses if waits cost what *cold* says."""
+    _, told = kinds.fit(cold)
+    return float((((told - kinds.seconds) * kinds.weights) ** 2).sum())
+
+
+def _robust(kinds: _Kinds, cold: Cold) -> tuple[Floats, Floats]:
+    """Least squares without negatives, and what it misses of each kind's seconds.
 
     Rare kinds may have been met only when the host paused: what is far off is left out.
     """
-    columns, kept = np.array(rows, float), np.ones(len(values), dtype=bool)
+    kept = np.ones(len(kinds.seconds), dtype=bool)
     for _ in range(3):
-        found = nonnegative((columns * weights[:, None])[kept], (values * weights)[kept])
-        off = np.abs(values - columns @ found)
-        share = off / np.maximum(values, 1e-7)
-        kept = share <= OUTLIER * max(float(np.median(share)), 1e-6)
+        found, told = kinds.fit(cold, kept)
+        off = np.abs(kinds.seconds - told)
+        missed = off / np.maximum(kinds.seconds, 1e-7)
+        kept = missed <= OUTLIER * max(float(np.median(missed)), 1e-6)
     return found, off
 
 
@@ -181,17 +258,24 @@ def layer_s(run: TimedRun) -> float:
     return quiet_layer_s(run.times, lambda step, event: run.counts[step][event].quiet)
 
 
-def rest_of_step(run: TimedRun, launch_s: float) -> float:
-    """Seconds of a step outside its layers: before the first graph and after the last answer.
+def rest_of_step(runs: Sequence[TimedRun], host: HostCosts, launch_s: float) -> float:
+    """Mean seconds of a step outside its layers: before the first graph and after the last answer.
 
-    From the steps of *run* that moved nothing; a step begins with a launch.
+    From the steps of *runs* whose last event moved nothing; a step begins with a launch. What
+    the first event takes longer than *host* says is the step's: its code was used a step ago.
     """
-    layer, rests = layer_s(run), []
-    for counts, times, whole in zip(run.counts, run.times, run.step_s, strict=True):
-        if all(one.quiet for one in counts):
-            inside = float(times[-1, LAUNCHED] - times[0, ANSWERED])
+    rests = []
+    for run in runs:
+        layer, planning = layer_s(run), host.planning[run.policy]
+        for counts, times, whole in zip(run.counts, run.times.tolist(), run.step_s, strict=True):
+            first, last = counts[0], counts[-1]
+            if last.demand or last.prefetch or first.apart or math.isnan(layer):
+                continue
+            inside = times[-1][LAUNCHED] - times[0][LAUNCHED] + planning.seconds(first) + launch_s
+            inside += host.launching_s + host.issue_s * first.demand
+            inside += host.change_s * capped(first.changes)
             rests.append(whole - inside - layer - launch_s)
-    return max(statistics.median(rests), 1e-6) if rests else 1e-6
+    return max(_mean(rests), 1e-6) if rests else 1e-6
 
 
 class Misses(NamedTuple):
@@ -212,29 +296,34 @@ def fit_misses(runs: Sequence[TimedRun], layer: float, host: HostCosts, first_s:
     first copy takes longer than those behind it, and the wake behind the last. What copies
     take is fitted too: it need not be what it was when they were measured alone.
     """
-    kinds = _medians_of_waiting(runs, host)
-    if not kinds.kinds:
+    counts, seconds, weights = _waiting(runs, host)
+    if not counts:
         return Misses(0.0, 0.0, 0.0)
-    found = line([kind[0] for kind in kinds.kinds], kinds.seconds.tolist(), kinds.weights.tolist())
+    found = line(counts, seconds, weights)
     known = layer + first_s
     off = [
-        abs(found.alpha + found.beta * kind[0] - seconds) / seconds
-        for kind, seconds in zip(kinds.kinds, kinds.seconds.tolist(), strict=True)
+        abs(found.alpha + found.beta * n - took) / took
+        for n, took in zip(counts, seconds, strict=True)
     ]
     return Misses(max(found.alpha - known, 0.0), found.beta, statistics.median(off))
 
 
-def _medians_of_waiting(runs: Sequence[TimedRun], host: HostCosts) -> _Kinds:
-    """By the number of copies waited for: seconds from the first copy to the next answer."""
-    groups: dict[tuple[int, ...], list[float]] = {}
+def _waiting(
+    runs: Sequence[TimedRun], host: HostCosts
+) -> tuple[list[int], list[float], list[float]]:
+    """Numbers of copies waited for; seconds from the first to the next answer; weights."""
+    groups: dict[int, list[float]] = {}
     for run in runs:
         planning = host.planning[run.policy]
-        lengths = run.times[:, 1:, ANSWERED] - run.times[:, :-1, ANSWERED]
-        for counts, row in zip(run.counts, lengths.tolist(), strict=True):
-            for one, length in zip(counts, row, strict=False):
-                if one.demand and not one.apart:
-                    before = planning.seconds(one) + host.issue_s
-                    groups.setdefault((one.demand,), []).append(length - before)
-    seconds = np.array([statistics.median(found) for found in groups.values()])
-    weights = np.array([float(len(found)) for found in groups.values()])
-    return _Kinds(list(groups), seconds, weights)
+        for counts, times in zip(run.counts, run.times.tolist(), strict=True):
+            for (one, before, now), (_, _, after) in pairwise(
+                zip(counts, [None, *times], [*times, None], strict=False)
+            ):
+                if not one.demand or one.apart or before is None or after is None:
+                    continue
+                waited = np.array(now[ANSWERED] - before[LAUNCHED])
+                known = float(host.cold.seconds(np.array(planning.seconds(one)), waited))
+                known += host.issue_s
+                groups.setdefault(one.demand, []).append(after[ANSWERED] - now[ANSWERED] - known)
+    seconds = [_mean(found) for found in groups.values()]
+    return list(groups), seconds, [float(len(found)) for found in groups.values()]

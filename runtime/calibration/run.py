@@ -28,7 +28,7 @@ from runtime.calibration.experts import (
     measure_token_share,
 )
 from runtime.calibration.fits import Line, Thinking, significant
-from runtime.calibration.hosts import Planning, capped
+from runtime.calibration.hosts import COLD_AFTER_S, Planning, capped
 from runtime.calibration.kernels import Graphs, Rates, measure_graphs, measure_rates
 from runtime.calibration.launches import (
     Launches,
@@ -249,6 +249,9 @@ def _captured(found: Measured) -> dict[str, Any]:
         "table_update_s": significant(runs.host.change_s),
         "table_rewrite_s": significant(capped(RING) * runs.host.change_s),
         "miss_s": significant(runs.misses.start_s),
+        "cold_share": runs.host.cold.share,
+        "cold_after_s": COLD_AFTER_S,
+        "cold_most_s": runs.host.cold.most_s,
     }
 
 
@@ -352,8 +355,8 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
     if runs is None:
         return {}
     fit = (
-        "from plan to launch in whole runs of small models; copies and changes fitted to "
-        f"medians, misses {runs.host.missed:.1%}"
+        "from plan to launch in whole runs of made-up models; copies and changes fitted to "
+        f"means, misses {runs.host.missed:.1%}"
     )
     worst = max(runs.host.planning.items(), key=lambda item: item[1].residual_s, default=None)
     missed = "" if worst is None else f"; misses {worst[1].residual_s:.1e} s at most ({worst[0]})"
@@ -362,10 +365,13 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
         "host.table_update_s": fit,
         "host.table_rewrite_s": "so many changes as are written together, each as above",
         "host.policy_event_s": (
-            "from answer to plan in whole runs of small models; event, experts and moves fitted "
-            f"to medians{missed}"
+            "from answer to plan in whole runs of made-up models; event, experts and moves fitted "
+            f"to means{missed}"
         ),
-        "host.step_s": "steps of whole runs, less their layers",
+        "host.cold_share": "fitted with policy_event_s to runs with short and with long waits",
+        "host.cold_after_s": "the wait from which on cold_share was fitted",
+        "host.cold_most_s": "fitted with cold_share, one of few lengths",
+        "host.step_s": "steps of whole runs that miss experts, less their layers",
         "host.miss_s": (
             "answers of whole runs that wait for copies, beyond their copies of "
             f"{runs.misses.copy_s:.3e} s each; misses {runs.misses.missed:.1%} of an event"

@@ -48,6 +48,9 @@ FEW_SEQUENCES = 3
 #: Policies without prefetches, on whose runs the wait for larger copies is measured.
 DEMAND_ONLY = ("lru", "fifo")
 
+#: Policies that show how much slower a host is that has waited for large copies.
+COLD = ("lru", "predictive", "mixed")
+
 
 class Shape(NamedTuple):
     """A made-up model and its trace: as many sequences as the largest batch."""
@@ -93,9 +96,10 @@ class Shape(NamedTuple):
         write_trace(path, self.spec, synthesise(settings), source="made up", license="none")
 
 
-#: Copies of 0.4 MB, and of 7 MB.
+#: Copies of 0.4 MB, of 7 MB, and of 100 MB.
 SMALL = Shape(layers=8, hidden=512, intermediate=128, tokens=64)
 HEAVY = Shape(layers=5, hidden=1536, intermediate=768, tokens=64, experts=16, top_k=4)
+LARGE = Shape(layers=4, hidden=4096, intermediate=4096, tokens=48, experts=8, top_k=2)
 
 
 class _Session(ReplaySession):
@@ -190,17 +194,22 @@ def measure_runs(
     names = list(POLICIES.classes())
     with sessions(SMALL, BATCHES, device) as found:
         quiet = timed_runs(found, ["lru"], ["100%"])
-        rest_s = rest_of_step(quiet[0], launch_s)
         runs = timed_runs(found, names, BUDGETS[:1] if bench.quick else BUDGETS, advance)
     bench.free()
-    host = fit_host(quiet + runs, launch_s)
     with sessions(HEAVY, (1,), device) as found:
         alone_s = layer_s(found[1].timed("lru", "100%").from_step(WARM_STEPS))
         waited = timed_runs(found, DEMAND_ONLY, BUDGETS)
+        cold = timed_runs(found, COLD[1:], BUDGETS[:1])
     bench.free()
+    if not bench.quick:
+        with sessions(LARGE, (1,), device) as found:
+            cold += timed_runs(found, COLD, BUDGETS[:1])
+        bench.free()
     advance()
+    host = fit_host(quiet + runs + waited + cold, launch_s)
     size = HEAVY.spec.expert_bytes
     first_s = _copy_s(copies, size, False) - _copy_s(copies, size, True) + copies.wake_s
+    rest_s = rest_of_step(waited, host, launch_s)
     return Runs(host, rest_s, fit_misses(waited, alone_s, host, first_s))
 
 

@@ -40,6 +40,7 @@ from runtime.calibration.experts import (  # noqa: E402
 )
 from runtime.calibration.fits import ExpertTime, Line, Thinking  # noqa: E402
 from runtime.calibration.hosts import (  # noqa: E402
+    Cold,
     EventCounts,
     HostCosts,
     Misses,
@@ -255,18 +256,28 @@ TRUE = HostCosts(
 LAUNCH_S, LAYER_S, REST_S = 4e-6, 1.9e-4, 3e-4
 
 
+#: How often a host and a device pause in a run that is made up.
+PAUSES = 0.001
+
+
 def launching_s(counts, costs=TRUE):
-    """From an event's plan to its launch."""
+    """From an event's plan to its launch, the launch aside."""
     seconds = costs.launching_s + counts.demand * costs.issue_s
-    return seconds + capped(counts.changes) * costs.change_s + LAUNCH_S
+    return seconds + capped(counts.changes) * costs.change_s
 
 
-def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=False):
-    """A run whose every event takes what ``TRUE`` says; hosts and devices pause at times."""
+def colder(seconds, waited, costs):
+    """What takes a warm host *seconds*, after a wait."""
+    return float(costs.cold.seconds(np.array(seconds), np.array(waited)))
+
+
+def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=False, costs=TRUE):
+    """A run whose every event takes what *costs* say; hosts and devices pause at times."""
     counts, times, step_s = [], [], []
     for step in range(40):
         now = begun = float(step)
         now += LAUNCH_S + LAYER_S * 0.6
+        launched = begun
         counts.append([])
         times.append([])
         for layer in range(layers):
@@ -275,12 +286,13 @@ def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=Fa
             changes = demand + draw.randint(0, demand + prefetch)
             one = EventCounts(batch * draw.randint(3, 4), demand, prefetch, changes)
             counts[-1].append(one)
-            answered = now
-            planned = answered + TRUE.planning[policy].seconds(one)
-            now = planned + launching_s(one) + (4e-3 if draw.random() < 0.02 else 0.0)
+            answered, waited = now, now - launched
+            planned = answered + colder(costs.planning[policy].seconds(one), waited, costs)
+            launched = now = planned + colder(launching_s(one, costs), waited, costs) + LAUNCH_S
+            launched = now = now + (4e-3 if draw.random() < PAUSES else 0.0)
             times[-1].append((answered, planned, now))
             now += LAYER_S * (1.0 if layer < layers - 1 else 0.4) + wait(one)
-            now += 3e-3 if draw.random() < 0.02 else 0.0
+            now += 3e-3 if draw.random() < PAUSES else 0.0
         step_s.append(now + REST_S - begun)
     return TimedRun(policy, counts, np.array(times), step_s)
 
@@ -296,14 +308,32 @@ def test_host_costs_come_back_from_runs_with_pauses():
     runs[0].times[0, 0, 0] -= 1.0
     found = fit_host(runs, LAUNCH_S)
     assert found.missed < 0.01
+    assert found.cold.share == pytest.approx(0.0, abs=0.051)
     assert found.planning["lru"].residual_s < 1e-6
     for n, d, p, changes in ((4, 0, 0, 0), (13, 0, 0, 0), (4, 4, 0, 6), (9, 2, 3, 9)):
         for policy, planning in TRUE.planning.items():
             one = EventCounts(n, d, p * (policy != "lru"), changes)
             assert found.planning[policy].seconds(one) == pytest.approx(
-                planning.seconds(one), rel=0.02
+                planning.seconds(one), rel=0.05
             )
-        assert launching_s(one, found) == pytest.approx(launching_s(one), rel=0.02)
+        assert launching_s(one, found) == pytest.approx(launching_s(one), rel=0.05)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_host_that_waited_is_slower_by_the_share_that_comes_back(share):
+    costs = TRUE._replace(cold=Cold(share, 4e-5))
+
+    def wait(one):
+        return 8e-4 * one.demand
+
+    found = fit_host(made_up_runs(wait=wait, costs=costs), LAUNCH_S)
+    assert found.cold.share == pytest.approx(share, abs=0.051)
+    one = EventCounts(4, 2, 0, 3)
+    for waited in (-1.0, 1e-4, 2e-3):
+        seconds = colder(found.planning["lru"].seconds(one), waited, found)
+        assert seconds == pytest.approx(
+            colder(costs.planning["lru"].seconds(one), waited, costs), rel=0.05
+        )
 
 
 def test_many_changes_of_the_table_cost_as_few():
@@ -312,7 +342,7 @@ def test_many_changes_of_the_table_cost_as_few():
         for i, one in enumerate(step):
             step[i] = EventCounts(4, 0, 0, 10 * one.demand)
             times[i, 2] = times[i, 1] + 1e-5 + 2e-6 * min(10 * one.demand, 13)
-    assert fit_host([found], 0.0).change_s == pytest.approx(2e-6, rel=1e-3)
+    assert fit_host([found], 0.0).change_s == pytest.approx(2e-6, rel=0.1)
 
 
 def test_what_a_miss_takes_comes_back_with_its_copies():
@@ -337,11 +367,13 @@ def test_what_a_miss_takes_comes_back_with_its_copies():
 def test_a_layer_and_the_rest_of_a_step_come_from_quiet_events():
     quiet = made_up_run("lru", 1, random.Random(2), quiet=True)
     assert layer_s(quiet) == pytest.approx(LAYER_S)
-    assert rest_of_step(quiet, LAUNCH_S) == pytest.approx(REST_S, rel=1e-3)
+    assert rest_of_step([quiet], TRUE, LAUNCH_S) == pytest.approx(REST_S, rel=1e-3)
     busy = made_up_run("lru", 1, random.Random(2), wait=lambda one: 1e-3 * one.demand)
     assert layer_s(busy) == pytest.approx(LAYER_S)
-    assert rest_of_step(busy, LAUNCH_S) == 1e-6, "no step is quiet"
-    assert rest_of_step(quiet.from_step(30), LAUNCH_S) == pytest.approx(REST_S, rel=1e-3)
+    # Where the last event moved nothing; others may have.
+    assert rest_of_step([busy, quiet], TRUE, LAUNCH_S) == pytest.approx(REST_S, rel=0.05)
+    assert rest_of_step([quiet.from_step(30)], TRUE, LAUNCH_S) == pytest.approx(REST_S, rel=1e-3)
+    assert rest_of_step([], TRUE, LAUNCH_S) == 1e-6
     assert len(quiet.from_step(30).counts) == 10
 
 
