@@ -93,6 +93,12 @@ class Offloaded:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def keep_routing(self) -> None:
+        """Keep the routing from here on; nothing may have run yet."""
+        runner = self.runner
+        self.steps = KeptSteps(self.spec, ahead=runner.hook.reader.ahead)
+        runner.steps = runner.hook.steps = self.steps
+
     def close(self) -> None:
         """Free the experts' host memory, the slots and the key-value caches."""
         self._caches.clear()
@@ -206,9 +212,7 @@ def open_offloaded(
         found = offload(_Shown(checkpoint, advance), policy, record=record, **options)
     opened = Offloaded(folder, found, spec, tokenizer)
     if record:
-        runner = opened.runner
-        opened.steps = KeptSteps(spec, ahead=runner.hook.reader.ahead)
-        runner.steps = runner.hook.steps = opened.steps
+        opened.keep_routing()
     opened.load_s = time.monotonic() - start
     return opened
 

@@ -193,10 +193,10 @@ class Runner:
                 "host_bytes": engine.store.size_bytes,
             },
             "decisions_sha256": planner.log.sha256(),
-            "predictor": self._predictor_stats(),
+            "predictor": self.predictor_costs(),
         }
 
-    def _predictor_stats(self) -> dict[str, Any] | None:
+    def predictor_costs(self) -> dict[str, Any] | None:
         """What a predictor beside the model cost, and what the passes took; None without one."""
         if self.beside is None:
             return None
