@@ -155,6 +155,9 @@ class Runner:
         if cache is None:
             self._seen = None
             return True
+        if getattr(cache, "begun", False):
+            # Rows that hold their prompts already.
+            return False
         if self._seen is not None and self._seen() is cache:
             if tokens == 1:
                 return False
