@@ -31,7 +31,7 @@ from policies.token_paths import (
     PreviousPaths,
     path_forecaster,
 )
-from policies.training import learn
+from policies.training import check_taught, learn
 from traces.errors import InputError
 from traces.model import ModelSpec
 from traces.sizes import model_sizes, resize
@@ -351,6 +351,8 @@ class TraceSession:
         names["ahead"] = [f"ahead_{d + 1}" for d in range(self.stored.ahead_depth)]
         columns: set[str] = set()
         for kind, plugin in plugins:
+            if plugin is not None:
+                check_taught(plugin, self.training, self.setup.train or "--train")
             for need in plugin.needs if plugin is not None else ():
                 if need not in have:
                     raise InputError(

@@ -27,7 +27,7 @@ from policies.token_paths import (
 from runtime.capture import end_tokens, left_padded
 from runtime.generate import Offloaded, Streamer, Written
 from runtime.load import fitting
-from runtime.predictor.names import is_live
+from runtime.predictor.names import check_runs_live, is_live
 from runtime.replay_caches import Key, ReplayCaches
 from runtime.sampling import Sampler, Sampling
 from traces.errors import InputError
@@ -345,6 +345,7 @@ def arranged(batch: int, text: str, forecaster: str | None, train: str | None) -
     if not isinstance(scheduler, TokenScheduler):
         return Arrangement(batch, scheduler)
     where = f"--scheduler {scheduler.name}"
+    check_runs_live(forecaster)
     live = is_live(forecaster)
     if live and scheduler.paths == "forecaster":
         raise InputError(

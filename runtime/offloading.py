@@ -19,7 +19,7 @@ from policies.hardware import HardwareProfile, load_profile
 from policies.planner import Planner
 from policies.registry import FORECASTERS, POLICIES
 from policies.session import POOLS, check_pool
-from policies.training import learn
+from policies.training import check_taught, learn
 from runtime.bank import SlotBank
 from runtime.capture import vocabulary_of
 from runtime.engine import Engine
@@ -32,7 +32,7 @@ from runtime.load import pick_device
 from runtime.maths import Fused, Reference
 from runtime.predictor.following import BATCHES
 from runtime.predictor.forecaster import LivePath, live_forecaster
-from runtime.predictor.names import is_live
+from runtime.predictor.names import check_runs_live, is_live
 from runtime.runner import Runner
 from runtime.steps import LiveSteps
 from runtime.store import HostStore, drop_experts, experts_of
@@ -132,6 +132,7 @@ class _Builder:
         if not self.policy.forecasts:
             return None
         text = self.options.forecaster or "ahead"
+        check_runs_live(text)
         if not is_live(text):
             return FORECASTERS.build(text)
         found = live_forecaster(text)
@@ -228,7 +229,12 @@ class _Builder:
 
     def _training(self) -> Training | None:
         train = self.options.train
-        return learn(open_trace(train), self.spec) if train else None
+        if not train:
+            return None
+        found = learn(open_trace(train), self.spec)
+        if self.forecaster is not None:
+            check_taught(self.forecaster, found, train)
+        return found
 
     def _slots(self) -> int:
         """What the budget buys on this device, as ``simctl run`` would reckon it."""
