@@ -7,6 +7,7 @@ which cells there are and what is read off them.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,8 @@ class Replays:
     def open(self) -> None:
         """Put the experts into host memory, once for all cells."""
         if self._kept is None:
+            # Models that generated before lie in cycles, and would count as memory in use.
+            gc.collect()
             self._kept = self._session(Setup(str(self.trace(1)), sizes=self._sizes))
             self._kept.open()
 
