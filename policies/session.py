@@ -351,8 +351,6 @@ class TraceSession:
         names["ahead"] = [f"ahead_{d + 1}" for d in range(self.stored.ahead_depth)]
         columns: set[str] = set()
         for kind, plugin in plugins:
-            if plugin is not None:
-                check_taught(plugin, self.training, self.setup.train or "--train")
             for need in plugin.needs if plugin is not None else ():
                 if need not in have:
                     raise InputError(
@@ -366,4 +364,6 @@ class TraceSession:
                         + ("a training trace" if need == "training" else f"a trace with {need}")
                     )
                 columns.update(names.get(need, ()))
+            if plugin is not None:
+                check_taught(plugin, self.training, self.setup.train or "--train")
         return frozenset(columns)
