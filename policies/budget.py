@@ -32,35 +32,41 @@ class Budget:
     slots: int | None = None
     gpu_memory: str | None = None
 
-    def resolve(self, model: ModelSpec, profile: HardwareProfile, kv_tokens: int) -> int:
+    def resolve(
+        self, model: ModelSpec, profile: HardwareProfile, kv_tokens: int, beside_bytes: int = 0
+    ) -> int:
         """Slots for *model*: at least top_k, at most all experts.
 
-        Of *gpu_memory* the dense weights and the key-value cache of *kv_tokens* tokens are
-        taken off first. Raises :class:`InputError` where nothing sensible remains.
+        Of *gpu_memory* the dense weights, the key-value cache of *kv_tokens* tokens and the
+        *beside_bytes* of a predictor beside the model are taken off first. Raises
+        :class:`InputError` where nothing sensible remains.
         """
         if sum(value is not None for value in (self.cache, self.slots, self.gpu_memory)) > 1:
             raise InputError("--cache, --slots and --gpu-memory: several given, expected one")
         if self.gpu_memory is not None:
-            return self._from_memory(model, profile, kv_tokens)
+            return self._from_memory(model, profile, kv_tokens, beside_bytes)
         if self.slots is not None:
             return _check(self.slots, model, f"--slots {self.slots}")
         text = "50%" if self.cache is None else self.cache
         share = _percent(text)
         return _check(math.floor(share * model.total_experts + 1e-9), model, f"--cache {text}")
 
-    def _from_memory(self, model: ModelSpec, profile: HardwareProfile, kv_tokens: int) -> int:
+    def _from_memory(
+        self, model: ModelSpec, profile: HardwareProfile, kv_tokens: int, beside_bytes: int
+    ) -> int:
         memory = parse_bytes(str(self.gpu_memory), "--gpu-memory")
         if memory > profile.gpu.memory_bytes:
             raise InputError(
                 f"--gpu-memory {self.gpu_memory}: more than the "
                 f"{profile.gpu.memory_bytes / 2**30:.1f} GiB of {profile.gpu.name}"
             )
-        fixed = model.dense_bytes + kv_tokens * model.kv_bytes_per_token
+        fixed = model.dense_bytes + kv_tokens * model.kv_bytes_per_token + beside_bytes
+        more = " and the predictor" if beside_bytes else ""
         least = fixed + model.top_k * model.expert_bytes
         if memory < least:
             raise InputError(
                 f"--gpu-memory {self.gpu_memory}: cannot hold the dense part and the key-value "
-                f"cache ({fixed / 2**30:.2f} GiB) and {model.top_k} experts of "
+                f"cache{more} ({fixed / 2**30:.2f} GiB) and {model.top_k} experts of "
                 f"{model.expert_bytes / 2**20:.1f} MiB; expected at least {least / 2**30:.2f} GiB"
             )
         return min(int((memory - fixed) // model.expert_bytes), model.total_experts)

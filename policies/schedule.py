@@ -2,7 +2,8 @@
 
 The rule is stated in :mod:`policies.batching`. A replayed trace routes as it was recorded
 whoever runs together, so that the whole schedule can be decided before the run, each division
-from what is known at its moment; both worlds then run the same steps.
+from what is known at its moment; both worlds then run the same steps. A model that generates
+asks for one step after the other (:class:`UnitRun`).
 """
 
 from __future__ import annotations
@@ -121,9 +122,9 @@ def make_schedule(
     *clock* tells seconds: a world that has one may measure what dividing takes.
     """
     made = Schedule(scheduler.kv)
-    run = _Run(scheduler, paths, model, batch, clock, made.tally)
+    run = Scheduling(scheduler, paths, model, batch, clock, made.tally)
     for number, unit in enumerate(units):
-        steps = list(_UnitRun(run, number, unit))
+        steps = list(UnitRun(run, number, unit))
         prefilled = max(i * batch + len(members) for i, members in enumerate(unit))
         seated = max((int(step.seating.rows.max()) + 1 for step in steps), default=0)
         made.rows = max(made.rows, prefilled, seated)
@@ -132,21 +133,32 @@ def make_schedule(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What the units of a run have in common."""
+class Scheduling:
+    """What the units of a run have in common; see :func:`make_schedule`."""
 
     scheduler: TokenScheduler
     paths: PathSource
     model: ModelSpec
     batch: int
-    clock: Callable[[], float]
-    tally: Tally
+    clock: Callable[[], float] = no_clock
+    tally: Tally = field(default_factory=Tally)
 
 
-class _UnitRun:
-    """The decode rounds of one unit, from the batches as they were prefilled."""
+class UnitRun:
+    """The decode rounds of one unit, from the batches as they were prefilled, one by one.
 
-    def __init__(self, run: _Run, number: int, unit: Unit) -> None:
+    A model that generates finds out as it goes how long its sequences become. It gives
+    *decoded*: how many tokens of each member have been or will be decoded, as far as anybody
+    knows; the members have room for more, and hold what is known when a step is asked for.
+    """
+
+    def __init__(
+        self,
+        run: Scheduling,
+        number: int,
+        unit: Unit,
+        decoded: Callable[[], IntArray] | None = None,
+    ) -> None:
         self._tally, self._number = run.tally, number
         self._scheduler, self._paths = run.scheduler, run.paths
         self._model, self._batch, self._clock = run.model, run.batch, run.clock
@@ -155,43 +167,55 @@ class _UnitRun:
         self._group: IntArray = np.array([group for group, _ in homes])
         self._row: IntArray = np.array([group * run.batch + row for group, row in homes])
         self._groups = len(unit)
-        self._decoded = np.array([len(m) - m.prefill for m in self._members])
+        recorded: IntArray = np.array([len(m) - m.prefill for m in self._members])
+        self._decoded = decoded or (lambda: recorded)
         #: Sequences of the last decode step: their tokens are not known while it runs.
         self._running: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[GroupedStep]:
         every = self._scheduler.every
-        rounds = range(int(self._decoded.max(initial=0)))
-        for first in rounds[::every]:
-            yield from self._rounds(rounds[first : first + every])
+        first = 0
+        while len(self._live(first)):
+            yield from self._rounds(range(first, first + every))
+            first += every
 
-    def _rounds(self, rounds: Sequence[int]) -> Iterator[GroupedStep]:
+    def _rounds(self, rounds: range) -> Iterator[GroupedStep]:
         """The steps of *rounds*, divided before the first of them."""
         kv = self._scheduler.kv
         seating = self._divide(rounds[0])
-        for number in rounds:
-            self._count(number)
-        for number, group in self._order(rounds):
-            inside = self._live(number, group)
-            if not len(inside):
-                continue
+        done: set[int] = set()
+        for number, group, inside in self._order(rounds):
+            done.add(number)
             if number > rounds[0]:
                 seating = Seating(group, self._row, kv, moves=self._seat(number, inside))
             inside = inside[np.argsort(self._row[inside], kind="stable")]
             yield GroupedStep(inside, number, replace(seating, group=group, rows=self._row[inside]))
             seating = Seating(group, self._row, kv)
             self._running = frozenset(inside.tolist())
+        for number in done:
+            self._count(number)
 
-    def _order(self, rounds: Sequence[int]) -> list[tuple[int, int]]:
-        """Rounds and groups in the order in which they run."""
-        groups = range(self._groups)
+    def _order(self, rounds: range) -> Iterator[tuple[int, int, IntArray]]:
+        """Rounds, groups and who is in them, in the order in which they run."""
         if self._scheduler.in_a_row:
-            return [(number, group) for group in groups for number in rounds]
-        return [(number, group) for number in rounds for group in groups]
+            for group in range(self._groups):
+                for number in rounds:
+                    inside = self._live(number, group)
+                    if not len(inside):
+                        break
+                    yield number, group, inside
+            return
+        for number in rounds:
+            if not len(self._live(number)):
+                break
+            for group in range(self._groups):
+                inside = self._live(number, group)
+                if len(inside):
+                    yield number, group, inside
 
     def _live(self, number: int, group: int | None = None) -> IntArray:
         """The sequences, of *group* or of all, that have a token for round *number*."""
-        live = self._decoded > number
+        live = self._decoded() > number
         return np.flatnonzero(live if group is None else live & (self._group == group))
 
     def _divide(self, number: int) -> Seating:

@@ -31,7 +31,7 @@ from policies.token_paths import (
     PreviousPaths,
     path_forecaster,
 )
-from policies.training import learn
+from policies.training import check_taught, learn
 from traces.errors import InputError
 from traces.model import ModelSpec
 from traces.sizes import model_sizes, resize
@@ -364,4 +364,6 @@ class TraceSession:
                         + ("a training trace" if need == "training" else f"a trace with {need}")
                     )
                 columns.update(names.get(need, ()))
+            if plugin is not None:
+                check_taught(plugin, self.training, self.setup.train or "--train")
         return frozenset(columns)

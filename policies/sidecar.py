@@ -148,6 +148,11 @@ def read_sidecar(path: str | Path) -> Sidecar:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected forecasts (simctl predictor forecast)")
+    if path.suffix == ".safetensors":
+        raise InputError(
+            f"{path}: not a file of forecasts but a predictor's, expected what it forecasts of "
+            "this trace (simctl predictor forecast)"
+        )
     try:
         # Opened here: numpy leaves a file open that it does not understand.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
@@ -155,7 +160,7 @@ def read_sidecar(path: str | Path) -> Sidecar:
             arrays = {name: data[name] for name in _KINDS}
     except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"{path}: not a file of forecasts: {first_line(error)}, expected one that "
+            f"{path}: not a file of forecasts: {_why(error)}, expected one that "
             "simctl predictor forecast wrote"
         ) from None
     header = _header(path, text)
@@ -168,6 +173,12 @@ def read_sidecar(path: str | Path) -> Sidecar:
         tuple(header["windows"]),
         arrays,
     )
+
+
+def _why(error: Exception) -> str:
+    """What numpy says in one line, without its advice to trust the file."""
+    words = first_line(error)
+    return "no numpy archive" if "allow_pickle" in words else words
 
 
 def _header(path: Path, text: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.base import Training
+from policies.base import Forecaster, Policy, Training
 from traces.errors import InputError
 from traces.model import ModelSpec
 from traces.trace import IntArray, Trace
@@ -36,3 +36,13 @@ def learn(trace: Trace, model: ModelSpec) -> Training:
             row = tables.setdefault(token, np.zeros(total, dtype=np.int32))
             row += np.bincount(keys[sequence.tokens == token].reshape(-1), minlength=total)
     return Training(popularity, tables)
+
+
+def check_taught(plugin: Policy | Forecaster, training: Training | None, where: str) -> None:
+    """Raise :class:`InputError` where the trace *where* could not teach *plugin* its token ids."""
+    wants = {"tokens", "training"} <= set(plugin.needs)
+    if wants and training is not None and not training.token_experts:
+        raise InputError(
+            f"{where}: forecaster {plugin.name!r} learns from token ids, expected a training "
+            "trace with tokens"
+        )

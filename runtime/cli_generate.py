@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from runtime.cli import progress_bar, require_torch
+from runtime.generate_summary import counted, summary
 from traces.errors import InputError
 
 if TYPE_CHECKING:
     from runtime.generate import Offloaded, Written
+    from runtime.grouped import Arrangement, Grouped
     from runtime.sampling import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,6 +75,14 @@ _OPTIONS = (
         "--pool", type=click.Choice(["global", "layer"]), default="global", show_default=True,
         help="One pool of slots, or an equal share for each layer.",
     ),
+    click.option(
+        "--batch", type=click.IntRange(min=1), default=1, show_default=True,
+        help="Prompts that run together.",
+    ),
+    click.option(
+        "--scheduler", default="none", show_default=True,
+        help="Which prompts run together, also anew while they decode.",
+    ),
     click.option("--train", metavar="FILE", help="Training trace for what learns offline."),
     click.option("--depth", default=2, show_default=True, help="Copies issued ahead on the link."),
     click.option("--json", "json_path", metavar="FILE|-", help="Write text and statistics."),
@@ -99,10 +109,13 @@ def generate(**options: Any) -> None:
     texts = _texts(options)
     require_torch()
 
-    from runtime.generate import check_room, encode, open_offloaded, write_on
+    from runtime.generate import check_room, encode, open_offloaded
+    from runtime.grouped import arranged
     from runtime.load import find_folder, load_tokenizer
 
     sampling = _sampling(options)
+    names = ("batch", "scheduler", "forecaster", "train")
+    arrangement = arranged(*(options[name] for name in names))
     folder = find_folder(options["model"])
     tokens = encode(load_tokenizer(folder), texts, chat=options["chat"])
     longest = check_room(folder, list(map(len, tokens)), options["max_new_tokens"])
@@ -113,6 +126,7 @@ def generate(**options: Any) -> None:
         dtype=options["dtype"],
         record=bool(options["trace_path"]),
         progress=progress_bar,
+        turns=arrangement.unit,
         **_offloading(options, longest),
     ) as opened:
         start = time.monotonic()
@@ -120,22 +134,48 @@ def generate(**options: Any) -> None:
         with status_line(out) as show:
             note = _Live(opened, show)
             prompts = list(zip(texts, tokens, strict=True))
-            for item in write_on(
-                opened, prompts, sampling, options["max_new_tokens"], _writer(out), note
-            ):
+            writing, grouped = _writing(
+                opened, prompts, arrangement, options, (out, note, sampling)
+            )
+            for item in writing:
                 written.append(item)
+                if grouped is not None:
+                    out.write(item.text)
                 _end_of_text(out, item, last=len(written) == len(prompts))
         facts = _facts(opened, options, written, time.monotonic() - start)
+        if grouped is not None:
+            facts["time"] |= grouped.rates()
+            facts["schedule"] = grouped.to_dict(opened.spec.kv_bytes_per_token)
         if options["trace_path"]:
             _write_trace(opened, options, len(texts))
     _report(options["json_path"], facts)
+
+
+def _writing(
+    opened: Offloaded,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    arrangement: Arrangement,
+    options: dict[str, Any],
+    how: tuple[TextIO, _Live, Sampling],
+) -> tuple[Iterator[Written], Grouped | None]:
+    """What writes the texts: one after the other as they come, or in groups."""
+    out, note, sampling = how
+    most = options["max_new_tokens"]
+    if arrangement.batch == 1 and options["scheduler"] == "none":
+        from runtime.generate import write_on
+
+        return write_on(opened, prompts, sampling, most, _writer(out), note), None
+    from runtime.grouped import GroupedWriter
+
+    writer = GroupedWriter(opened, prompts, sampling, most, arrangement, note)
+    return iter(writer), writer.found
 
 
 def _offloading(options: dict[str, Any], longest: int) -> dict[str, Any]:
     """The options of ``offload`` among those of the command."""
     names = (
         "cache", "slots", "gpu_memory", "device", "compute", "forecaster", "hardware", "pool",
-        "train", "depth", "seed",
+        "train", "depth", "seed", "batch",
     )  # fmt: skip
     chosen = {name: options[name] for name in names}
     return chosen | {"pin": not options["pageable"], "max_tokens": longest}
@@ -268,6 +308,8 @@ def _facts(
         "policy": options["policy"],
         "device": opened.device.type,
         "hardware": options["hardware"],
+        "batch": options["batch"],
+        "scheduler": options["scheduler"],
         "experts": opened.spec.total_experts,
         "sampling": {name: options[name] for name in names},
         "prompts": [item.to_dict() for item in written],
@@ -287,57 +329,13 @@ def _facts(
     }
 
 
-def summary(facts: dict[str, Any]) -> str:
-    """What a person wants to know of a run, in a few lines."""
-    cache, times, memory = facts["cache"], facts["time"], facts["memory"]
-    tokens = sum(item["new_tokens"] for item in facts["prompts"])
-    accesses = cache["accesses"] or 1
-    moved = cache["bytes"]["demand"] + cache["bytes"]["prefetch"]
-    peak = memory["gpu_peak_bytes"]
-    lines = [
-        f"{facts['model']}, {facts['policy']}, {cache['slots']} of {facts['experts']} experts on "
-        f"the {facts['device'].upper()}: {tokens} tokens for {_count(len(facts['prompts']))}",
-        f"first token after {times['first_token_s']:.3f} s, then {times['tokens_per_s']:.1f} "
-        f"tokens/s (loading took {times['load_s']:.1f} s)",
-        f"hit {cache['hit'] / accesses:.1%}, late {cache['late'] / accesses:.1%}, missed "
-        f"{cache['missed'] / accesses:.1%} of {accesses:,} accesses; missed {cache['missed']:,}, "
-        f"Belady on demand alone {cache['belady_missed']:,}",
-        f"over the link {moved / 1e9:.3f} GB: {cache['bytes']['demand'] / 1e9:.3f} on demand, "
-        f"{cache['bytes']['prefetch'] / 1e9:.3f} ahead of it",
-        f"host memory {_gib(memory['host_bytes'])} for the experts, "
-        f"{_gib(memory['host_peak_bytes'])} at its peak; slots {_gib(memory['slots_bytes'])}"
-        + (f", GPU {_gib(peak)} at its peak" if peak else ""),
-    ]
-    if cache["predictor"] is not None:
-        lines.append(_predictor_line(cache["predictor"]))
-    return "\n".join(lines)
-
-
-def _predictor_line(costs: dict[str, Any]) -> str:
-    """What the predictor beside the model took of decoding."""
-    spent = costs["decode"]
-    taken, whole = spent["host_s"] + spent["wait_s"], spent["pass_s"] or 1.0
-    return (
-        f"predictor {spent['host_s']:.3f} s on the host, {spent['wait_s']:.3f} s waited for, "
-        f"{spent['stream_s']:.3f} s on its stream: {taken / whole:.1%} of decoding"
-    )
-
-
-def _count(prompts: int) -> str:
-    return "one prompt" if prompts == 1 else f"{prompts} prompts"
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
-
-
 def _write_trace(opened: Offloaded, options: dict[str, Any], prompts: int) -> None:
     how = "greedily" if not options["temperature"] else f"at {options['temperature']:g}"
-    source = f"routing of {opened.spec.name} on {_count(prompts)}, generated {how}"
+    source = f"routing of {opened.spec.name} on {counted(prompts)}, generated {how}"
     opened.write_trace(
         Path(options["trace_path"]),
         source,
-        {"policy": options["policy"], "max_new_tokens": options["max_new_tokens"], "batch": 1},
+        {name: options[name] for name in ("policy", "max_new_tokens", "batch", "scheduler")},
     )
 
 

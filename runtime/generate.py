@@ -42,12 +42,16 @@ def no_progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
 
 
 class KeptSteps(LiveSteps):
-    """Steps whose routing is kept, and which ran last."""
+    """Steps whose routing is kept unless *keep* is false, and which ran last."""
 
-    def __init__(self, spec: ModelSpec, *, ahead: int) -> None:
-        super().__init__(spec, ahead=ahead, keep=True)
+    def __init__(self, spec: ModelSpec, *, ahead: int, keep: bool = True) -> None:
+        super().__init__(spec, ahead=ahead, keep=keep)
         #: The step that ran last.
         self.last: Step | None = None
+
+    def seat(self, ids: Ints, positions: Ints) -> None:
+        """The next decode step is of sequences *ids* [B], whose tokens are at *positions* [B]."""
+        self._ids, self._positions = ids, positions
 
     def begin(self, tokens: Ints, real: Any, fresh: bool) -> Step:
         self.last = super().begin(tokens, real, fresh)
@@ -92,6 +96,14 @@ class Offloaded:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def keep_routing(self, keep: bool = True) -> KeptSteps:
+        """Keep the routing from here on, or only know each step; nothing may have run yet."""
+        runner = self.runner
+        steps = KeptSteps(self.spec, ahead=runner.hook.reader.ahead, keep=keep)
+        runner.steps = runner.hook.steps = steps
+        self.steps = steps if keep else None
+        return steps
 
     def close(self) -> None:
         """Free the experts' host memory, the slots and the key-value caches."""
@@ -206,9 +218,7 @@ def open_offloaded(
         found = offload(_Shown(checkpoint, advance), policy, record=record, **options)
     opened = Offloaded(folder, found, spec, tokenizer)
     if record:
-        runner = opened.runner
-        opened.steps = KeptSteps(spec, ahead=runner.hook.reader.ahead)
-        runner.steps = runner.hook.steps = opened.steps
+        opened.keep_routing()
     opened.load_s = time.monotonic() - start
     return opened
 

@@ -8,6 +8,7 @@ transformers' own decode makes about eighty.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -22,8 +23,16 @@ from runtime.masks import full_windows, masks_are_given
 from runtime.maths import Fused, Inputs
 from runtime.window import make_capturable
 
-#: Chains kept at a time; one is needed for each batch size and cache.
+#: Chains kept at a time; one is needed for each batch size and cache. The one that has not run
+#: for the longest time makes room.
 MOST_CHAINS = 16
+
+#: The most that may be expected; those beyond run as they are.
+MOST_SHAPES = 64
+
+#: How often a shape is captured. Where more shapes take turns than there are chains, those that
+#: have lost theirs so often run as they are: capturing takes as long as some twenty steps.
+MOST_CAPTURES = 2
 
 
 @cache
@@ -40,6 +49,8 @@ class DecodeGraphs:
         self._hook, self._forward = hook, forward
         self._chains: dict[Any, Chain] = {}
         self._met: set[Any] = set()
+        self._captures: Counter[Any] = Counter()
+        self._most = MOST_CHAINS
         self._broken = False
         #: Chains captured since the start, those of caches that are gone included.
         self.captured = 0
@@ -56,9 +67,13 @@ class DecodeGraphs:
             return False
         key = _key(kwargs)
         if key in self._met:
-            return True
+            return key in self._chains or self._captures[key] < MOST_CAPTURES
         self._met.add(key)
         return False
+
+    def expect(self, shapes: int) -> None:
+        """Keep chains for so many *shapes*, which are known to take turns."""
+        self._most = min(max(MOST_CHAINS, shapes), MOST_SHAPES)
 
     @property
     def chains(self) -> Sequence[Chain]:
@@ -81,22 +96,26 @@ class DecodeGraphs:
     def run(self, kwargs: dict[str, Any]) -> Any:
         """One decode step, captured now or replayed."""
         key = _key(kwargs)
-        chain = self._chains.get(key)
+        chain = self._chains.pop(key, None)
         captured = chain is None
         if chain is None:
             chain = self._capture(key, kwargs)
             if chain is None:
                 return self._forward(**kwargs)
+        # The last is the one that ran last.
+        self._chains[key] = chain
         return chain.replay(kwargs, counted=captured)
 
     def forget(self, cache: int) -> None:
         """A cache is gone: what was captured for it reads freed memory."""
         self._chains = {key: chain for key, chain in self._chains.items() if key[0] != cache}
         self._met = {key for key in self._met if key[0] != cache}
+        self._captures = Counter({k: n for k, n in self._captures.items() if k[0] != cache})
 
     def _capture(self, key: Any, kwargs: dict[str, Any]) -> Chain | None:
-        if len(self._chains) >= MOST_CHAINS:
+        if len(self._chains) >= self._most:
             self._chains.pop(next(iter(self._chains)))
+        self._captures[key] += 1
         cache = kwargs["past_key_values"]
         make_capturable(cache)
         counters = _Counters(cache)

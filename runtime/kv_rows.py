@@ -50,6 +50,22 @@ class KvRows:
             for part in _PARTS:
                 setattr(layer, part, next(views))
 
+    def take(self, cache: Any, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep what *cache* [B], which has grown by prompts padded on the left, holds of them.
+
+        The last *lengths*[i] tokens of its sequence i go to row *rows*[i]; a window keeps the
+        last that it has room for, each where its position says.
+        """
+        parts = [getattr(layer, part) for layer in cache.layers for part in _PARTS]
+        for values, (shape, index) in zip(parts, self._places, strict=True):
+            kept = self._tensors[shape][index]
+            room = kept.shape[2]
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                first = max(0, length - room)
+                at = torch.arange(first, length, device=kept.device) % room
+                tokens = values.shape[2] - length + first
+                kept[row].index_copy_(1, at, values[i, :, tokens:])
+
     def move(self, moves: Sequence[RowMove]) -> None:
         """Make *moves*, all at once, through a buffer: a row may be source and target."""
         for tensor in self._tensors.values():
@@ -84,13 +100,29 @@ class GatheredLayer(StaticLayer):  # type: ignore[no-untyped-call]
         return found[0], found[1]
 
 
-def make_gathered(cache: Any, rows: Tensor, positions: Tensor) -> None:
-    """Let every layer of *cache*, which has been used once, gather *rows* int64 [B] of it.
+class PlacedLayer(GatheredLayer):  # type: ignore[no-untyped-call]
+    """A layer whose rows are those of the step, each with its own place for the next token."""
 
-    Tokens are written at *positions* int64 [B]; both are read anew at every step.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token's keys and values [B, heads, 1, dim]; all rows."""
+        at = self.step_positions % self.max_cache_len
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            kept[self.step_rows, :, at] = new[:, :, 0]  # type: ignore[index]
+        return self.keys, self.values  # type: ignore[return-value]
+
+
+def make_gathered(
+    cache: Any, rows: Tensor, positions: Tensor, kind: type[GatheredLayer] = GatheredLayer
+) -> None:
+    """Let every layer of *cache*, which has been used once, use *rows* int64 [B] of it.
+
+    Tokens are written at *positions* int64 [B]; both are read anew at every step. *kind* says
+    whether the rows are gathered, or are all there are.
     """
     for layer in cache.layers:
-        layer.__class__ = GatheredLayer
+        layer.__class__ = kind
         layer.step_rows, layer.step_positions = rows, positions
         # Windows count on the host how full they are; these are written by position.
         vars(layer).pop("cumulative_length_int", None)

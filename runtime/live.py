@@ -140,23 +140,44 @@ def run_live(  # noqa: PLR0913
     ) as opened:
         if kept is not None:
             kept.take(opened.runner.engine.store)
-        run = _LiveRun(opened, chosen, tokens)
         if log is not None:
             opened.runner.engine.planner.log = log
-        with progress("generating", len(prompts)) as advance:
-            world, recording, memory = run.run(spans, advance)
-        beside = opened.runner.beside
-        predictor_bytes = beside.costs()["device_bytes"] if beside is not None else 0
-        words = f"routing of {opened.spec.name} on {len(prompts)} prompts, generated greedily"
-        notes = {"policy": policy, "max_new_tokens": chosen.max_new_tokens}
-        opened.write_trace(out, words, {**notes, "batch": chosen.batch})
-        session = TraceSession(chosen.setup(out))
-        result = result_of(session, world)
+        result, recording, measured = run_opened(
+            opened, chosen, tokens, policy=policy, out=out, spans=spans, progress=progress
+        )
+    return out, result, recording, measured
+
+
+def run_opened(  # noqa: PLR0913
+    opened: Offloaded,
+    settings: LiveSettings,
+    tokens: Sequence[Sequence[int]],
+    *,
+    policy: str,
+    out: Path,
+    spans: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[Result, Recording | None, Measured]:
+    """Let an *opened* model, whose routing is kept, continue the prompts *tokens*.
+
+    It was offloaded under *policy* with the options of *settings*. Its routing becomes *out*.
+    """
+    run = _LiveRun(opened, settings, tokens)
+    with progress("generating", len(tokens)) as advance:
+        world, recording, memory = run.run(spans, advance)
+    costs = opened.runner.predictor_costs()
+    words = f"routing of {opened.spec.name} on {len(tokens)} prompts, generated greedily"
+    notes = {"policy": policy, "max_new_tokens": settings.max_new_tokens}
+    opened.write_trace(out, words, {**notes, "batch": settings.batch})
+    session = TraceSession(settings.setup(out))
+    result = result_of(session, world)
     measured = world.measured()
+    measured.predictor = costs
     measured.gpu_peak_bytes, measured.host_peak_bytes = memory, host_peak_bytes()
     measured.gpu_predicted_bytes = predicted_bytes(result.memory | run.memory(session, world))
-    measured.gpu_predicted_bytes += predictor_bytes
-    return out, result, recording, measured
+    if costs is not None:
+        measured.gpu_predicted_bytes += costs["device_bytes"]
+    return result, recording, measured
 
 
 @contextmanager

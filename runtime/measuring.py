@@ -6,6 +6,7 @@ import statistics
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from policies.costs import Costs
 from policies.kv_moves import SchedulingTimes
@@ -30,7 +31,8 @@ class Measured:
     which the link carried some; *link_bytes_per_s* what it carried while busy. Memory is in
     bytes at its peak; *gpu_predicted_bytes* is what
     :func:`policies.memory.predicted_bytes` said. *host_speed* is how fast the host ran Python
-    while the device worked: 1 is its fastest, None that nobody looked.
+    while the device worked: 1 is its fastest, None that nobody looked. *predictor* is what one
+    beside the model cost, as ``expert_cache.stats()`` has it.
     """
 
     gpu_peak_bytes: int = 0
@@ -40,6 +42,7 @@ class Measured:
     link_bytes_per_s: float = 0.0
     step_s: list[float] = field(default_factory=list)
     host_speed: float | None = None
+    predictor: dict[str, Any] | None = None
 
 
 #: Every how many decode steps one is marked: marks cost host time of their own.

@@ -19,7 +19,7 @@ from policies.hardware import HardwareProfile, load_profile
 from policies.planner import Planner
 from policies.registry import FORECASTERS, POLICIES
 from policies.session import POOLS, check_pool
-from policies.training import learn
+from policies.training import check_taught, learn
 from runtime.bank import SlotBank
 from runtime.capture import vocabulary_of
 from runtime.engine import Engine
@@ -30,8 +30,9 @@ from runtime.lanes import lanes_for
 from runtime.layout import ExpertLayout
 from runtime.load import pick_device
 from runtime.maths import Fused, Reference
+from runtime.predictor.following import BATCHES
 from runtime.predictor.forecaster import LivePath, live_forecaster
-from runtime.predictor.names import is_live
+from runtime.predictor.names import check_runs_live, is_live
 from runtime.runner import Runner
 from runtime.steps import LiveSteps
 from runtime.store import HostStore, drop_experts, experts_of
@@ -50,9 +51,10 @@ class Options:
     One of *slots*, *cache* (``"25%"``) and *gpu_memory* (``"8GiB"``) is the budget, half of
     the experts by default. *compute* is ``fused`` (our kernels), ``reference``
     (transformers' own *kernel*) or ``auto``: fused on CUDA. *max_tokens* bounds the key-value
-    cache that *gpu_memory* leaves room for. *graphs* captures decode steps where that can be
-    done. *pin* false keeps the experts in pageable memory. *record* keeps the routing,
-    *timed* the time of every stretch.
+    cache that *gpu_memory* leaves room for, for each of the *batch* sequences of *turns*
+    batches that decode by turns. *graphs* captures decode steps where that can be done. *pin*
+    false keeps the experts in pageable memory. *record* keeps the routing, *timed* the time of
+    every stretch.
     """
 
     slots: int | None = None
@@ -67,6 +69,7 @@ class Options:
     train: str | None = None
     depth: int = 2
     batch: int = 1
+    turns: int = 1
     max_tokens: int = 4096
     seed: int = 0
     pin: bool = True
@@ -80,7 +83,7 @@ class Options:
                 raise OffloadError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
-        for name in ("depth", "batch", "max_tokens"):
+        for name in ("depth", "batch", "turns", "max_tokens"):
             if getattr(self, name) < 1:
                 raise OffloadError(f"{name} is {getattr(self, name)}, expected at least 1")
 
@@ -129,11 +132,13 @@ class _Builder:
         if not self.policy.forecasts:
             return None
         text = self.options.forecaster or "ahead"
+        check_runs_live(text)
         if not is_live(text):
             return FORECASTERS.build(text)
         found = live_forecaster(text)
         known = vocabulary_of(self.model)
-        found.attach(self.spec, known, self.device, keep=self.options.record)
+        batches = max(self.options.turns, BATCHES)
+        found.attach(self.spec, known, self.device, keep=self.options.record, batches=batches)
         return found
 
     def _check_policy(self) -> None:
@@ -224,7 +229,12 @@ class _Builder:
 
     def _training(self) -> Training | None:
         train = self.options.train
-        return learn(open_trace(train), self.spec) if train else None
+        if not train:
+            return None
+        found = learn(open_trace(train), self.spec)
+        if self.forecaster is not None:
+            check_taught(self.forecaster, found, train)
+        return found
 
     def _slots(self) -> int:
         """What the budget buys on this device, as ``simctl run`` would reckon it."""
@@ -235,7 +245,11 @@ class _Builder:
             memory = torch.cuda.get_device_properties(self.device).total_memory
             gpu = dataclasses.replace(profile.gpu, memory_bytes=memory)
             profile = dataclasses.replace(profile, gpu=gpu)
-        slots = budget.resolve(self.spec, profile, options.max_tokens * options.batch)
+        beside = 0
+        if isinstance(self.forecaster, LivePath):
+            beside = self.forecaster.expected_bytes(options.batch, options.max_tokens)
+        kv_tokens = options.max_tokens * options.batch * options.turns
+        slots = budget.resolve(self.spec, profile, kv_tokens, beside)
         check_pool(options.pool, slots, self.spec, option="pool")
         return slots
 

@@ -14,7 +14,7 @@ from policies.routing import DECODE, Step
 from policies.schedule import Seating
 from policies.session import TraceSession
 from runtime.forcing import ForcedRouting
-from runtime.graphs import decode_graphs
+from runtime.graphs import MOST_SHAPES, decode_graphs
 from runtime.hook import Hook
 from runtime.lanes import Mark
 from runtime.maths import Reference
@@ -119,7 +119,8 @@ class Replay:
             return
         lanes = self._hook.engine.lanes
         before = lanes.mark()
-        self._caches.follow(step, seating)
+        assert step.positions is not None
+        self._caches.follow(seating, step.positions)
         self._following.append((before, lanes.mark()))
 
     def _read_following(self, world: RealWorld) -> None:
@@ -150,14 +151,18 @@ class Replay:
 
     def _warm_up(self) -> None:
         """Caches, graphs and everything that is set up when it is first used."""
+        if self._graphs is not None:
+            # All are known: none is to be captured in the middle of what is timed.
+            self._graphs.expect(len(self._keys))
         # The largest first: the others use its memory.
-        for key in sorted(self._keys, key=lambda key: (-key[1], key[0])):
+        keys = sorted(self._keys, key=lambda key: (-key[1], key[0]))
+        for number, key in enumerate(keys):
             inputs = self._caches.make(key)
             self._force_anything(key[1])
             with self._hook.without_experts():
                 self._model(**inputs)
             self._caches.settle(key)
-            if self._graphs is not None:
+            if self._graphs is not None and number < MOST_SHAPES:
                 self._graphs.warm(inputs)
         if self._most:
             self._force_anything(self._most)

@@ -1,16 +1,17 @@
-"""The KV caches of a replay, one for each number of sequences that decode together."""
+"""KV caches of decode steps over fixed rows, one for each number of sequences that run together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from policies.routing import Step
 from policies.schedule import Schedule, Seating
-from runtime.kv_rows import KvRows, make_gathered
+from runtime.kv_rows import GatheredLayer, KvRows, PlacedLayer, make_gathered
+from traces.trace import IntArray
 
 #: First row of the KV cache, and number of sequences, of a decode step.
 Key = tuple[int, int]
@@ -21,20 +22,28 @@ class ReplayCaches:
 
     Smaller batches use the memory of the largest: they run when others have ended. Under a
     token scheduler (*schedule*) each of a unit's sequences has a row of its own, of which a
-    group sees its part, or from which every layer gathers those of the step.
+    group sees its part, or from which every layer gathers those of the step. With
+    *own_places* each of them has a position of its own, as when it decodes for real.
     """
 
     def __init__(
-        self, model: Any, device: torch.device, longest: int, schedule: Schedule | None
+        self,
+        model: Any,
+        device: torch.device,
+        longest: int,
+        schedule: Schedule | None,
+        *,
+        own_places: bool = False,
     ) -> None:
         self._model, self._device, self._longest = model, device, longest
         self._rows_needed = schedule.rows if schedule is not None else 0
         self._gathers = schedule is not None and schedule.kv == "reindex"
         self._caches: dict[Key, Any] = {}
         self._inputs: dict[Key, dict[str, Any]] = {}
+        self._own_places = own_places
         self._rows: KvRows | None = None
-        #: Rows and positions of a step that gathers them, by number of sequences.
-        self._gathered: dict[int, tuple[Tensor, Tensor]] = {}
+        #: Rows and positions of a step, where its layers ask for them.
+        self._gathered: dict[Key, tuple[Tensor, Tensor]] = {}
 
     def make(self, key: Key) -> dict[str, Any]:
         """The inputs of a decode step, its cache not yet used; the largest key comes first."""
@@ -58,27 +67,45 @@ class ReplayCaches:
             return
         if self._rows is None:
             self._rows = KvRows(cache, self._rows_needed)
-        if not self._gathers:
-            self._rows.seat(cache, first, size)
-            return
-        self._rows.seat(cache, 0, self._rows_needed)
-        rows = torch.arange(size, device=self._device)
-        self._gathered[size] = rows, torch.zeros_like(rows)
-        make_gathered(cache, *self._gathered[size])
+        if self._gathers:
+            first, size = 0, self._rows_needed
+        self._rows.seat(cache, first, size)
+        if self._gathers or self._own_places:
+            rows = torch.arange(key[1], device=self._device)
+            self._gathered[key] = rows, torch.zeros_like(rows)
+            kind = GatheredLayer if self._gathers else PlacedLayer
+            make_gathered(cache, *self._gathered[key], kind)
 
     def inputs(self, size: int, seating: Seating | None) -> dict[str, Any]:
         """The inputs of a decode step of *size* sequences."""
         return self._inputs[seating.key if seating is not None else (0, size)]
 
-    def follow(self, step: Step, seating: Seating) -> None:
-        """Move the rows that *step* needs moved, or say which it gathers."""
+    def follow(self, seating: Seating, positions: IntArray) -> None:
+        """Move the rows that a step needs moved; say which it has, and the *positions* [B]."""
         if seating.moves and self._rows is not None:
             self._rows.move(seating.moves)
-        if self._gathers:
-            rows, positions = self._gathered[step.size]
-            rows.copy_(torch.from_numpy(seating.rows), non_blocking=True)
-            assert step.positions is not None
-            positions.copy_(torch.from_numpy(step.positions), non_blocking=True)
+        if seating.key in self._gathered:
+            rows, places = self._gathered[seating.key]
+            rows.copy_(torch.from_numpy(seating.rows - seating.key[0]), non_blocking=True)
+            places.copy_(torch.from_numpy(positions), non_blocking=True)
+
+    def show(self, key: Key, positions: IntArray) -> None:
+        """Let a step see what each of its sequences holds up to its own of *positions* [B]."""
+        inputs, at = self._inputs[key], torch.from_numpy(positions).to(self._device)
+        inputs["position_ids"].copy_(at.unsqueeze(1))
+        masks = inputs["attention_mask"]
+        for mask in masks.values() if isinstance(masks, dict) else (masks,):
+            # A full window holds no other than those that are seen.
+            seen = torch.arange(mask.shape[-1], device=self._device) <= at.view(-1, 1, 1, 1)
+            if mask.dtype == torch.bool:
+                mask.copy_(seen)
+            else:
+                mask.zero_().masked_fill_(~seen, torch.finfo(mask.dtype).min)
+
+    def take(self, cache: Any, rows: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep the prompts that *cache* holds, as :meth:`KvRows.take`; a key is settled."""
+        assert self._rows is not None
+        self._rows.take(cache, rows, lengths)
 
     def rewind(self) -> None:
         """New sequences begin: the caches start from their first token."""

@@ -47,21 +47,9 @@ class ReplayModel:
     def fill(self, *, pin: bool, seed: int, advance: Callable[[int], None]) -> None:
         """Draw the experts' weights into the store, telling *advance* of each expert."""
         self.store.pin = pin and self.device.type == "cuda"
-        self.store.fill(self._random_experts(seed), advance)
+        drawn = random_experts(self.layout, self.spec.layers, self.spec.experts, self.device, seed)
+        self.store.fill(drawn, advance)
         drop_experts(self.gates)
-
-    def _random_experts(self, seed: int) -> Iterator[Loaded]:
-        """Experts drawn on the device, where that is fast."""
-        layout = self.layout
-        source = torch.Generator(self.device).manual_seed(seed)
-        flat = torch.empty(layout.params, dtype=layout.dtype, device=self.device)
-        parts = {
-            p.name: flat[p.first : p.first + prod(p.shape)].view(p.shape) for p in layout.parts
-        }
-        for layer in range(self.spec.layers):
-            for id in range(self.spec.experts):
-                flat.normal_(std=_SPREAD, generator=source)
-                yield layer, id, parts
 
     def close(self) -> None:
         """Free model and store."""
@@ -70,3 +58,16 @@ class ReplayModel:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def random_experts(
+    layout: ExpertLayout, layers: int, experts: int, device: torch.device, seed: int
+) -> Iterator[Loaded]:
+    """Weights for every expert, drawn on *device*, where that is fast."""
+    source = torch.Generator(device).manual_seed(seed)
+    flat = torch.empty(layout.params, dtype=layout.dtype, device=device)
+    parts = {p.name: flat[p.first : p.first + prod(p.shape)].view(p.shape) for p in layout.parts}
+    for layer in range(layers):
+        for id in range(experts):
+            flat.normal_(std=_SPREAD, generator=source)
+            yield layer, id, parts

@@ -155,6 +155,9 @@ class Runner:
         if cache is None:
             self._seen = None
             return True
+        if getattr(cache, "begun", False):
+            # Rows that hold their prompts already.
+            return False
         if self._seen is not None and self._seen() is cache:
             if tokens == 1:
                 return False
@@ -193,10 +196,10 @@ class Runner:
                 "host_bytes": engine.store.size_bytes,
             },
             "decisions_sha256": planner.log.sha256(),
-            "predictor": self._predictor_stats(),
+            "predictor": self.predictor_costs(),
         }
 
-    def _predictor_stats(self) -> dict[str, Any] | None:
+    def predictor_costs(self) -> dict[str, Any] | None:
         """What a predictor beside the model cost, and what the passes took; None without one."""
         if self.beside is None:
             return None

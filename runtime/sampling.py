@@ -68,8 +68,15 @@ class Sampler:
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """The next token int64 [B] for *logits* [B, V] at decode *step*."""
+        return self._drawn(logits, self._draws[:, step : step + 1])
+
+    def of(self, rows: Sequence[int], steps: Sequence[int], logits: Tensor) -> Tensor:
+        """The next token int64 [B] of sequences *rows*, each at its own step, for *logits*."""
+        return self._drawn(logits, self._draws[list(rows), list(steps)].unsqueeze(1))
+
+    def _drawn(self, logits: Tensor, draws: Tensor) -> Tensor:
         if self.sampling.temperature == 0:
             return logits.argmax(dim=-1)
         sums = distribution(logits, self.sampling).cumsum(dim=-1)
-        points = self._draws[:, step : step + 1] * sums[:, -1:]
+        points = draws * sums[:, -1:]
         return torch.searchsorted(sums, points, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -83,7 +83,8 @@ def replay(
         setup = replace(request.setup, trace=path)
         sessions = {batch: Session(replace(setup, batch=batch)) for batch in request.batches}
         for batch, policy, budget in request.runs:
-            sessions[batch].check(policy, budget)
+            with _called(path, request.setup.trace):
+                sessions[batch].check(policy, budget)
         facts = {"sequences": count_sequences(path), "trace": Path(request.setup.trace).name}
         with ExitStack() as stack:
             first: RealSession | None = None
@@ -100,6 +101,15 @@ def replay(
                 first = first or real
                 for number, run in runs:
                     yield _cell(worlds, real, run, number == request.timeline_cell)
+
+
+@contextmanager
+def _called(path: str, name: str) -> Iterator[None]:
+    """What is wrong with the part of a trace at *path* is said of the trace *name*."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(path, name)) from None
 
 
 def _runtime(request: Request) -> Callable[..., RealSession]:

@@ -7,10 +7,24 @@ from torch import Tensor
 
 from runtime.predictor.blocks import KeysValues
 from runtime.predictor.model import Predictor
+from runtime.predictor.spec import PredictorSpec
 
 #: Rows and columns that a cache has at first; each doubles when it is full. A cache that grows
 #: costs new graphs.
 FIRST_ROWS, FIRST_COLUMNS = 4, 256
+
+
+def _grown(size: int, needed: int) -> int:
+    """*size* doubled until *needed* fit."""
+    while size < needed:
+        size *= 2
+    return size
+
+
+def cache_bytes(spec: PredictorSpec, rows: int, columns: int) -> int:
+    """What a :class:`Cache` takes once it has made room for so many *rows* and *columns*."""
+    whole = _grown(FIRST_ROWS, rows) * _grown(FIRST_COLUMNS, columns)
+    return 4 * spec.blocks * 2 * spec.heads * spec.d_kv * whole
 
 
 class Cache:
@@ -46,8 +60,7 @@ class Cache:
         old = self._store
         shape = list(old.shape)
         for axis, needed in ((2, rows), (4, columns)):
-            while shape[axis] < needed:
-                shape[axis] *= 2
+            shape[axis] = _grown(shape[axis], needed)
         if shape != list(old.shape):
             self._store = old.new_zeros(shape)
             self._store[:, :, : old.shape[2], :, : old.shape[4]] = old

@@ -115,6 +115,7 @@ class Evaluation:
         self.ranks["previous"] = [padded(baselines.previous(s), width) for s in sequences]
         if train is not None:
             self.predictor.spec.check_model(train.model, train.name)
+            train.check_vocabulary(self.predictor.spec.vocabulary)
             table = baselines.TokenTable(train)
             self.ranks["token-table"] = [table.ranks(s, width) for s in sequences]
         early, late = zip(*baselines.markov(self.corpus, width, advance), strict=True)

@@ -15,13 +15,14 @@ from torch import Tensor
 from policies.forecasting import MAX_TOKENS
 from policies.routing import DECODE, PREFILL, Step
 from runtime.predictor import window
+from runtime.predictor.caches import cache_bytes
 from runtime.predictor.live import LivePredictor
 from runtime.predictor.model import Predictor
 from runtime.predictor.packing import Packed, Packing
 from runtime.predictor.stepping import Pending, Stepper, marked
 from traces.trace import IntArray
 
-#: Batches whose sequences are followed at once: a scheduler may take turns with two.
+#: Batches whose sequences are followed at once, unless more take turns.
 BATCHES = 2
 
 #: Probabilities that one call of the heads may make: bounds its memory.
@@ -137,16 +138,33 @@ class Forecasts(Mapping[str, Any]):
         return found
 
 
+def device_bytes(model: Predictor, sequences: int, max_tokens: int, device: torch.device) -> int:
+    """What *model* takes on *device* to follow *sequences* of up to *max_tokens* each."""
+    spec = model.spec
+    weights = sum(w.numel() * w.element_size() for w in model.parameters())
+    prompt = cache_bytes(spec, sequences, 1 + min(max_tokens, window.PROMPT_TOKENS))
+    own = cache_bytes(spec, sequences, min(spec.tail + max_tokens, window.DECODED_TOKENS))
+    return weights + prompt + own + (WORKSPACE_BYTES if device.type == "cuda" else 0)
+
+
 class Follower:
     """A predictor that follows the sequences of a run, step by step.
 
-    Sequences that are new begin with their prompt. Those of the last :data:`BATCHES` batches are
+    Sequences that are new begin with their prompt. Those of the last *batches* batches are
     followed; older ones are forgotten, and begin anew without a prompt if they come again. Of
     longer steps than forecasters use, only the last token of each sequence is forecast, unless
     *whole* asks for all. With *guesses* :meth:`foresee` may start a step ahead of time.
     """
 
-    def __init__(self, model: Predictor, width: int, *, whole: bool, guesses: bool | None) -> None:
+    def __init__(
+        self,
+        model: Predictor,
+        width: int,
+        *,
+        whole: bool,
+        guesses: bool | None,
+        batches: int = BATCHES,
+    ) -> None:
         self.packing = Packing(model.spec, width)
         self._live = LivePredictor(model)
         self._cuda = self._live.stream is not None
@@ -154,7 +172,7 @@ class Follower:
             # The weights came over another stream.
             torch.cuda.synchronize(self._live.device)
         self._stepper = Stepper(self._live, self.packing, graphs=True)
-        self._whole = whole
+        self._whole, self._batches = whole, batches
         self._guesses = self._cuda if guesses is None else guesses
         self.costs = Costs()
         #: Followed sequences, those of the latest step last.
@@ -217,7 +235,7 @@ class Follower:
         Sequences that nobody else has are read and forgotten.
         """
         live, prompt = self._live, min(prompt, window.PROMPT_TOKENS)
-        ids, rows = [-1 - n for n in range(count)], BATCHES * count
+        ids, rows = [-1 - n for n in range(count)], self._batches * count
         with live.beside():
             live.prompt.reserve(rows, 1 + prompt)
             columns = min(self.packing.spec.tail + decoded, window.DECODED_TOKENS)
@@ -253,7 +271,7 @@ class Follower:
                 self._live.end(sequence)
             self._recent.pop(sequence, None)
             self._recent[sequence] = None
-        while len(self._recent) > BATCHES * self._most:
+        while len(self._recent) > self._batches * self._most:
             oldest = next(iter(self._recent))
             del self._recent[oldest]
             if oldest in self._live:

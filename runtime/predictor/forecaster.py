@@ -21,7 +21,7 @@ from policies.routing import PREFILL, Step
 from policies.sidecar import Sidecar
 from runtime.predictor.data import rounded_vocabulary
 from runtime.predictor.files import StoredPredictor, load_predictor
-from runtime.predictor.following import Follower
+from runtime.predictor.following import BATCHES, Follower, device_bytes
 from runtime.predictor.keeping import KeptForecasts
 from runtime.predictor.names import forecasts_beside
 from traces.errors import InputError
@@ -63,6 +63,7 @@ class LivePath(RoutingPath):
         self._device = torch.device("cpu")
         self._keep = False
         self._guesses: bool | None = None
+        self._batches = BATCHES
         self._kept: KeptForecasts | None = None
         self._phase = PREFILL
         self._follower: Follower | None = None
@@ -80,12 +81,13 @@ class LivePath(RoutingPath):
         *,
         keep: bool = False,
         guesses: bool | None = None,
+        batches: int = BATCHES,
     ) -> None:
         """Say that it will run beside *model*, which knows *vocabulary* token ids, on *device*.
 
         With *keep* what it says is kept for :meth:`write`. *guesses*: whether :meth:`foresee`
-        starts early; where the device works by itself, if not given. A predictor that was
-        trained for another model raises :class:`InputError`.
+        starts early; where the device works by itself, if not given. *batches* may take turns. A
+        predictor that was trained for another model raises :class:`InputError`.
         """
         spec = self._stored.spec
         spec.check_model(model, self.file)
@@ -96,13 +98,20 @@ class LivePath(RoutingPath):
                 f"{model.name} has (predictor train --vocabulary {vocabulary})"
             )
         self._device, self._keep, self._guesses = device, keep, guesses
+        self._batches = batches
+
+    def expected_bytes(self, batch: int, max_tokens: int) -> int:
+        """Device memory it takes to follow its batches of *batch* sequences of *max_tokens*."""
+        return device_bytes(self._stored.model, self._batches * batch, max_tokens, self._device)
 
     def reset(self, context: Context) -> None:
         super().reset(context)
         self._kept = KeptForecasts() if self._keep else None
         # A copy: when the run is over nothing of it stays on the device.
         model = copy.deepcopy(self._stored.model).to(self._device)
-        self._follower = Follower(model, self.width, whole=self._keep, guesses=self._guesses)
+        self._follower = Follower(
+            model, self.width, whole=self._keep, guesses=self._guesses, batches=self._batches
+        )
         self._costs = self._follower.costs
 
     def on_step(self, step: Step) -> Forecast:

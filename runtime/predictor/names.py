@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from policies.forecasters.routing_path import RoutingPath
+from traces.errors import InputError
 
 #: How the file of a predictor ends, as ``simctl predictor train`` wants it.
 ENDING = ".safetensors"
@@ -26,6 +27,16 @@ def is_live(forecaster: str | None) -> bool:
     """Whether *forecaster* (``routing-path:p.safetensors``) names a predictor, not forecasts."""
     items = dict(_items(forecaster or ""))
     return items.get(RoutingPath.leading, "").endswith(ENDING)
+
+
+def check_runs_live(forecaster: str | None) -> None:
+    """Raise :class:`InputError` where *forecaster* names forecasts, which no new text has."""
+    file = dict(_items(forecaster or "")).get(RoutingPath.leading)
+    if file and not file.endswith(ENDING):
+        raise InputError(
+            f"forecaster {RoutingPath.name!r}: {file}: forecasts are of a recorded trace, expected "
+            f"a predictor ({ENDING}), which runs beside the model"
+        )
 
 
 def forecasts_beside(trace: Path) -> Path:

@@ -41,6 +41,14 @@ def test_memory_beyond_the_experts_buys_no_more_slots() -> None:
     assert Budget(gpu_memory="1MB").resolve(MODEL, PROFILE, 120_000) == 10
 
 
+def test_a_predictor_beside_the_model_takes_its_part() -> None:
+    assert Budget(gpu_memory="19800B").resolve(MODEL, PROFILE, 100, beside_bytes=0) == 3
+    assert Budget(gpu_memory="19800B").resolve(MODEL, PROFILE, 100, beside_bytes=1) == 2
+    assert Budget(slots=3).resolve(MODEL, PROFILE, 100, beside_bytes=10**9) == 3
+    with pytest.raises(InputError, match="the key-value cache and the predictor"):
+        Budget(gpu_memory="19800B").resolve(MODEL, PROFILE, 100, beside_bytes=10**4)
+
+
 @pytest.mark.parametrize(
     ("budget", "said"),
     [

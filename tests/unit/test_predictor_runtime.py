@@ -22,7 +22,7 @@ from runtime.families import model_spec  # noqa: E402
 from runtime.predictor import caches, stepping, window  # noqa: E402
 from runtime.predictor.data import read_corpus  # noqa: E402
 from runtime.predictor.files import load_predictor, save_predictor  # noqa: E402
-from runtime.predictor.following import Follower  # noqa: E402
+from runtime.predictor.following import Follower, device_bytes  # noqa: E402
 from runtime.predictor.forecasting import forecast  # noqa: E402
 from runtime.predictor.inference import score  # noqa: E402
 from runtime.predictor.names import forecasts_beside, is_live, replayed  # noqa: E402
@@ -236,6 +236,38 @@ def test_of_a_long_prompt_only_the_last_token_is_forecast_unless_it_is_kept():
     found = followed(model, sequence, whole=False)
     assert not found[:69].any()
     np.testing.assert_allclose(found[69:], expected.again[69:], atol=0.003)
+
+
+@pytest.mark.parametrize(("batch", "turns"), [(1, 1), (3, 4)])
+def test_its_memory_is_taken_off_what_slots_may_have(predictor, batch, turns):
+    """As much as it takes when every sequence has become as long as it may."""
+    spec = model_spec(tiny_model("mixtral"), "mixtral")
+    expected = device_bytes(
+        load_predictor(predictor).model, batch * max(turns, 2), 40, torch.device("cpu")
+    )
+    fixed = spec.dense_bytes + batch * turns * 40 * spec.kv_bytes_per_token
+    memory = f"{fixed + expected + 9 * spec.expert_bytes}B"
+    sizes = {"slots": None, "gpu_memory": memory, "batch": batch, "turns": turns, "max_tokens": 40}
+    model = offloaded(predictor, **sizes)
+    assert model.expert_cache.stats()["slots"] == 9
+    generate(model, ONE.expand(batch, -1), tokens=40 - ONE.shape[1])
+    taken = model.expert_cache.stats()["predictor"]["device_bytes"]
+    model.expert_cache.close()
+    assert taken <= expected
+    assert batch > 1 or taken == expected
+    plain = offload(tiny_model("mixtral"), "lru", device="cpu", **sizes)
+    assert plain.expert_cache.stats()["slots"] > 9
+    plain.expert_cache.close()
+
+
+def test_as_many_batches_are_followed_as_take_turns():
+    """Of four batches of one sequence all are followed, or the last two."""
+    model = small_predictor()
+    for batches, kept in ((4, 4), (2, 2)):
+        follower = Follower(model, 4, whole=False, guesses=False, batches=batches)
+        for sequence in range(4):
+            follower.read(step_of(PREFILL, [sequence] * 2, [0, 1], [3, 4]))
+        assert len(follower) == kept
 
 
 def test_old_sequences_are_forgotten_and_begin_anew():
