@@ -2,7 +2,8 @@
 
 Between a gate's answer and the launch of the next graph the host works and the device idles:
 what lies between the two is policy, planner, copies issued and the table of experts changed.
-Between that launch and the next answer the device works, and waits for copies.
+Between that launch and the next answer the device works, and waits for copies, while policy and
+planner decide on prefetches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from runtime.bank import FEW
 from runtime.calibration.fits import Floats, line, nonnegative
-from runtime.eventclock import ANSWERED, LAUNCHED, PLANNED, Times
+from runtime.eventclock import ANSWERED, FETCHED, LAUNCHED, PLANNED, Times
 
 #: Kinds of events that miss the first fit by more than so many times the median miss are left out.
 OUTLIER = 6.0
@@ -42,7 +43,7 @@ class EventCounts(NamedTuple):
 
 
 class TimedRun(NamedTuple):
-    """One run: *counts* of each event by step, *times* [steps, layers, 3] and steps' seconds."""
+    """One run: *counts* of each event by step, *times* [steps, layers, 4] and steps' seconds."""
 
     policy: str
     counts: Sequence[Sequence[EventCounts]]
@@ -57,21 +58,28 @@ class TimedRun(NamedTuple):
 
 
 class Planning(NamedTuple):
-    """Seconds of policy and planner in a run: per event, expert, demanded and prefetched move.
+    """Seconds of policy and planner in a run: per event, expert and demanded move.
 
-    *residual_s* is the median miss of the fit.
+    Once the event has been launched, *prefetch_s* per prefetch, and *foresee_event_s* and
+    *foresee_access_s* however many they are. *residual_s* is the median miss of the first fit.
     """
 
     event_s: float
     access_s: float
     move_s: float
     prefetch_s: float
+    foresee_event_s: float = 0.0
+    foresee_access_s: float = 0.0
     residual_s: float = 0.0
 
     def seconds(self, counts: EventCounts) -> float:
         """What an event takes from its answer to its plan."""
-        moves_s = counts.demand * self.move_s + counts.prefetch * self.prefetch_s
-        return self.event_s + counts.accesses * self.access_s + moves_s
+        return self.event_s + counts.accesses * self.access_s + counts.demand * self.move_s
+
+    def foreseeing_s(self, counts: EventCounts) -> float:
+        """What it takes from its launch until its prefetches are decided on."""
+        looking_s = self.foresee_event_s + counts.accesses * self.foresee_access_s
+        return looking_s + counts.prefetch * self.prefetch_s
 
 
 class HostCosts(NamedTuple):
@@ -107,12 +115,21 @@ def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
 
 
 def _fit_planning(runs: Sequence[TimedRun]) -> Planning:
-    """What one policy takes from an answer to its plan."""
-    kinds = _medians(runs, ANSWERED, PLANNED, lambda one: (one.accesses, one.demand, one.prefetch))
-    columns = [(1.0, *map(float, kind)) for kind in kinds.kinds]
-    found, off = _robust(columns, kinds.seconds, kinds.weights)
-    event_s, access_s, move_s, prefetch_s = found.tolist()
-    return Planning(event_s, access_s, move_s, prefetch_s, float(np.median(off)))
+    """What one policy takes from an answer to its plan, and then to its prefetches."""
+    kinds = _medians(runs, ANSWERED, PLANNED, lambda one: (one.accesses, one.demand))
+    found, off = _fit(kinds)
+    event_s, access_s, move_s = found.tolist()
+    ahead = _medians(runs, LAUNCHED, FETCHED, lambda one: (one.accesses, one.prefetch))
+    foresee_event_s, foresee_access_s, prefetch_s = _fit(ahead)[0].tolist()
+    return Planning(
+        event_s,
+        access_s,
+        move_s,
+        prefetch_s,
+        foresee_event_s,
+        foresee_access_s,
+        residual_s=float(np.median(off)),
+    )
 
 
 class _Kinds(NamedTuple):
@@ -121,6 +138,12 @@ class _Kinds(NamedTuple):
     kinds: list[tuple[int, ...]]
     seconds: Floats
     weights: Floats
+
+
+def _fit(kinds: _Kinds) -> tuple[Floats, Floats]:
+    """A constant and a part for each of the numbers of *kinds*; and what that misses."""
+    columns = [(1.0, *map(float, kind)) for kind in kinds.kinds]
+    return _robust(columns, kinds.seconds, kinds.weights)
 
 
 def _medians(
