@@ -74,6 +74,12 @@ class Costs:
         host = self.profile.host
         return host.policy_prefetch_s.get(policy, host.prefetch_s)
 
+    def foresee_s(self, policy: str = "") -> tuple[float, float]:
+        """Host seconds to look for prefetches: per event, and per distinct expert of it."""
+        host = self.profile.host
+        event_s = host.policy_foresee_event_s.get(policy, 0.0)
+        return event_s, host.policy_foresee_access_s.get(policy, 0.0)
+
     def idle_copy_s(self, size_bytes: int) -> float:
         """One host-to-device copy into an idle engine."""
         return self.profile.link.h2d.copy_s(size_bytes, queued=False)

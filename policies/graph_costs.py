@@ -92,8 +92,8 @@ class UntoldChanges:
         self._total = total
         self.count = 0
 
-    def begin(self, moves: Iterable[Move]) -> None:
-        """*moves* are made before a step's first layer."""
+    def fetched(self, moves: Iterable[Move]) -> None:
+        """*moves* are made ahead of time, before a step's first layer or behind an event."""
         self.count += table_changes(moves, self._total)
 
     def told(self, plan: Plan, experts: int) -> int:
@@ -106,7 +106,7 @@ class UntoldChanges:
         served = (plan.served or {}).values()
         borrowed = sum(s is not Service.CPU and s is not Service.SKIP for s in served)
         changes = self.count + table_changes(demanded, self._total) + borrowed
-        self.count = table_changes(plan.prefetch, self._total) + borrowed
+        self.count = borrowed
         if plan.whole:
             return changes
         self.count += experts

@@ -38,6 +38,11 @@ MATMUL_WEIGHT_FLOPS = 2
 SWIGLU_MATRICES = 3
 
 
+def _by_name() -> Any:
+    """A field of a figure, at least 0, by the name of what it is about; none is said at first."""
+    return field(default_factory=dict, hash=False, metadata={"least": 0})
+
+
 @dataclass(frozen=True)
 class CopyTable:
     """Seconds of one copy by its size, interpolated between what was measured."""
@@ -126,7 +131,9 @@ class Host:
     and planner may take *access_s* more for each distinct expert of an event, *move_s* for
     each demanded move and *prefetch_s* for each prefetch, and every event that misses anything
     *miss_s* before the first of its copies is issued. What a table *policy_...* says of a
-    policy takes the place of the figure for all.
+    policy takes the place of the figure for all. Prefetches are decided on when an event has
+    been launched: what that takes however many they are is *policy_foresee_event_s*, and
+    *policy_foresee_access_s* for each distinct expert; none for a policy that they do not name.
 
     A host that has waited w seconds for a graph's answer finds less of what it needs in its
     caches: the first *cold_most_s* of what it then plans, and of what it issues, take
@@ -149,18 +156,12 @@ class Host:
     cold_share: float = field(default=0.0, metadata={"least": 0})
     cold_after_s: float = 1e-4
     cold_most_s: float = 1.0
-    policy_event_s: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"least": 0}
-    )
-    policy_access_s: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"least": 0}
-    )
-    policy_move_s: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"least": 0}
-    )
-    policy_prefetch_s: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"least": 0}
-    )
+    policy_event_s: Mapping[str, float] = _by_name()
+    policy_access_s: Mapping[str, float] = _by_name()
+    policy_move_s: Mapping[str, float] = _by_name()
+    policy_prefetch_s: Mapping[str, float] = _by_name()
+    policy_foresee_event_s: Mapping[str, float] = _by_name()
+    policy_foresee_access_s: Mapping[str, float] = _by_name()
 
 
 @dataclass(frozen=True)
@@ -183,15 +184,11 @@ class Software:
     attention_kernels: int = field(metadata={"least": 0})
     expert_kernels_fixed: int = field(metadata={"least": 0})
     expert_kernels_each: int = field(metadata={"least": 0})
-    layer_floor_s: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"least": 0}
-    )
+    layer_floor_s: Mapping[str, float] = _by_name()
     dense_efficiency: float = 1.0
     kv_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
-    kv_token_s: Mapping[str, float] = field(default_factory=dict, hash=False, metadata={"least": 0})
-    several_floor_s: Mapping[str, float] = field(
-        default_factory=dict, hash=False, metadata={"least": 0}
-    )
+    kv_token_s: Mapping[str, float] = _by_name()
+    several_floor_s: Mapping[str, float] = _by_name()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from traces.errors import InputError, kind_and_line, raised_line
 _ASKERS = {
     "place": "victims",
     "_place": "victims",
+    "prefetch": "prefetch",
     "_prefetch": "prefetch or plan_step",
     "_serve": "serve",
     "_check_service": "serve",
@@ -41,15 +42,14 @@ class PolicyError(InputError):
 
 
 class Plan:
-    """What one event needs: moves in waves, then prefetches.
+    """What one event needs: moves in waves.
 
     *missed* experts were not held; *waves* are the moves that must land before (or while)
     each part of the demand computes, the first wave computing what is held as well;
-    *served* says how missed experts that are not loaded are served; *prefetch* are moves for
-    later events.
+    *served* says how missed experts that are not loaded are served.
     """
 
-    __slots__ = ("missed", "prefetch", "served", "waves")
+    __slots__ = ("missed", "served", "waves")
 
     def __init__(
         self,
@@ -60,7 +60,6 @@ class Plan:
         self.missed = missed
         self.waves = waves
         self.served = served
-        self.prefetch: Sequence[Move] = ()
 
     @property
     def whole(self) -> bool:
@@ -68,12 +67,16 @@ class Plan:
         return len(self.waves) <= 1 and Service.CPU not in (self.served or {}).values()
 
 
-#: The plan of an event that holds all of its demand and moves nothing.
+#: The plan of an event that holds all of its demand.
 NOTHING = Plan()
 
 
 class Planner:
-    """Runs one policy over one ledger, event by event."""
+    """Runs one policy over one ledger, event by event.
+
+    An event is planned in two stages: :meth:`plan` says what its computing needs, and once
+    that is on its way :meth:`prefetch` what to fetch for later events, which nothing waits for.
+    """
 
     def __init__(
         self,
@@ -99,6 +102,9 @@ class Planner:
         self._on_route, self._victims = policy.on_route, policy.victims
         self._ledger_place = self.cache.place
         self._waiting: set[int] = set()
+        #: The event whose prefetches have not been asked for, and its record so far.
+        self._routing: Routing | None = None
+        self._record: list[int] = []
         #: Prefetches a policy may name at once: every copy of every expert, twice over.
         self._patience = 4 * context.total + 64
         self.counts: Counter[str] = Counter()
@@ -135,7 +141,9 @@ class Planner:
         return moves
 
     def plan(self, routing: Routing) -> Plan:
-        """Classify, tell, serve, place and prefetch for one event."""
+        """Classify, tell, serve and place for one event; :meth:`prefetch` must follow."""
+        if self._routing is not None:
+            raise RuntimeError(f"event {self._routing.event}: its prefetches were not asked for")
         experts = routing.experts
         slot_of = self._slot_of
         self.cache.event = routing.event
@@ -145,22 +153,37 @@ class Planner:
             self._waiting.difference_update(experts)
         if self._inexact:
             self._weigh(routing)
-        if not missed and not self._prefetches:
+        if self._prefetches:
+            self._routing, self._record = routing, []
+        if not missed:
             return NOTHING
         record = [-1, routing.event, len(missed)]
-        plan = self._place_demand(routing, missed, record) if missed else Plan()
+        plan = self._place_demand(routing, missed, record)
         if self._prefetches:
-            forecast = self.forecaster.on_route(routing) if self.forecaster else ()
-            wanted = self.policy.prefetch(routing, forecast)
-            if wanted:
-                if not missed:
-                    self.cache.pinned = experts
-                record.append(-3)
-                plan.prefetch = self._prefetch(wanted, record)
-        if not missed and not plan.prefetch:
-            return NOTHING
-        self.log.add(record)
+            self._record = record
+        else:
+            self.log.add(record)
         return plan
+
+    def prefetch(self) -> Sequence[Move]:
+        """What is fetched for later events, once the event that was planned is computing."""
+        routing = self._routing
+        if routing is None:
+            return ()
+        self._routing, record = None, self._record
+        forecast = self.forecaster.on_route(routing) if self.forecaster else ()
+        wanted = self.policy.prefetch(routing, forecast)
+        moves: Sequence[Move] = ()
+        missed = bool(record)
+        if wanted:
+            if not missed:
+                self.cache.pinned = routing.experts
+                record += (-1, routing.event, 0)
+            record.append(-3)
+            moves = self._prefetch(wanted, record)
+        if missed or moves:
+            self.log.add(record)
+        return moves
 
     def _place_demand(self, routing: Routing, missed: list[int], record: list[int]) -> Plan:
         self.cache.pinned = routing.experts
@@ -346,6 +369,7 @@ def run_counts(planner: Planner, steps: Iterable[Step]) -> int:
         planner.begin(step)
         for layer, experts in enumerate(step.demand):
             planner.plan(Routing(step, layer, experts, event))
+            planner.prefetch()
             planner.counts["accesses"] += len(experts)
             event += 1
     return planner.counts["missed"]

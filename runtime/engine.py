@@ -31,7 +31,8 @@ class Engine:
     """One planner, its store, slots and link on one device.
 
     Drive it with :meth:`begin` for each step, then for each layer :meth:`decide` with the
-    gate's answer and one of :meth:`at_once` and :meth:`in_groups`, then :meth:`end`.
+    gate's answer, one of :meth:`at_once` and :meth:`in_groups`, and :meth:`after` once all has
+    been launched, then :meth:`end`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Engine:
         self.clock: EventClock | None = None
         #: Called when the host begins to wait for an answer, if set.
         self.on_wait: Callable[[], None] | None = None
-        #: Called with (routing, plan, late copies) after each event, if set.
+        #: Called with (routing, plan, late copies) of each event, if set.
         self.on_event: Callable[[Routing, Plan, Sequence[int]], None] | None = None
 
     def _raise_blamed(self, error: Exception) -> NoReturn:
@@ -62,7 +63,7 @@ class Engine:
         raise blamed from error
 
     def note(self) -> None:
-        """One of an event's moments: answered, planned, launched."""
+        """One of an event's moments: answered, planned, launched, and prefetches decided."""
         if self.clock is not None:
             self.clock.note()
 
@@ -181,18 +182,26 @@ class Engine:
         self.table.flush()
 
     def after(self, plan: Plan, late: Sequence[int]) -> None:
-        """An event's computing has been launched: make its prefetches and tidy up."""
+        """An event's computing has been launched: tidy up, then decide and make its prefetches.
+
+        The device is at work meanwhile: what a policy thinks here nobody waits for.
+        """
         self.copier.settle(late)
         for wave in plan.waves:
             self.copier.settle(move.copy for move in wave)
         for expert in self._borrowed:
             self.table.set(expert, self._slot.get(expert, ABSENT))
         self._borrowed.clear()
-        if plan.prefetch:
+        try:
+            moves = self.planner.prefetch()
+        except Exception as error:
+            self._raise_blamed(error)
+        self.note()
+        if moves:
             if len(plan.waves) > 1:
                 self.lanes.copy_after_compute()
-            self._place(plan.prefetch)
-            self.copier.prefetch(plan.prefetch)
+            self._place(moves)
+            self.copier.prefetch(moves)
 
     def end(self) -> None:
         """The step's last event has been launched."""

@@ -1,4 +1,4 @@
-"""When the host had each gate's answer, its plan, and had launched what follows."""
+"""When the host had each gate's answer, its plan, had launched what follows, and looked ahead."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy.typing as npt
 Times = npt.NDArray[np.float64]
 
 #: Columns of :meth:`EventClock.take`.
-ANSWERED, PLANNED, LAUNCHED = range(3)
+ANSWERED, PLANNED, LAUNCHED, FETCHED = range(4)
 
 
 class EventClock:
-    """Three moments of every event on the host's clock; costs three readings of it.
+    """Four moments of every event on the host's clock; costs four readings of it.
 
     Unlike marks on the device they leave the run as it is: from *answered* to *launched* the
     host works, the first copy being issued after *planned*; from *launched* until the next
-    answer the device does.
+    answer the device does, and until *fetched* the host beside it: it decides on prefetches.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -28,11 +28,11 @@ class EventClock:
         self._at = array("d")
 
     def note(self) -> None:
-        """An answer has come, it is planned, or what follows has been launched: in turns."""
+        """An answer, its plan, the launch of what follows, its prefetches: in turns."""
         self._at.append(self._now())
 
     def take(self, layers: int) -> Times:
-        """Seconds [steps, layers, 3] since the last time, which are then forgotten."""
+        """Seconds [steps, layers, 4] since the last time, which are then forgotten."""
         times = np.array(self._at, dtype=np.float64)
         self._at = array("d")
-        return times.reshape(-1, layers, 3)
+        return times.reshape(-1, layers, 4)

@@ -3,8 +3,8 @@
 The chain from gate to gate is serial: the host reads the gate's answer, plans, issues the
 missed copies, tells the graph where experts lie, and replays it; the GPU begins when it is
 launched and has noticed that the last copy which the event demands has landed, computes all
-experts together, and goes on with the next layer up to its gate. Meanwhile the host issues
-prefetches.
+experts together, and goes on with the next layer up to its gate. Meanwhile the host decides on
+prefetches and issues them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class GraphSteps:
         *begun* are the moves that were made before its first layer.
         """
         world, graph = self._world, self._graph
-        env, pending, plan_event = world.env, world.link.pending, world.planner.plan
+        env, pending, planner = world.env, world.link.pending, world.planner
         sync_s, event_s, access_s = world.costs.sync_s, world.event_s, world.access_s
         attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s
         one = graph.expert_s(1) if step.size == 1 else 0.0
         ideal_s = 0.0
         event = world.events
-        self._untold.begin(begun)
+        self._untold.fetched(begun)
         self._launch_first()
         for layer, experts in enumerate(step.demand):
             gate = world.gpu_free_s + attention
@@ -54,7 +54,7 @@ class GraphSteps:
             yield env.timeout(decide - env.now)
 
             routing = Routing(step, layer, experts, event)
-            plan = plan_event(routing)
+            plan, moves = planner.plan(routing), planner.prefetch()
             event += 1
             seconds = None if one else world.seconds(routing, graph.expert_s)
             work = len(experts) * one if seconds is None else sum(seconds.values())
@@ -66,6 +66,8 @@ class GraphSteps:
                 self._compute(start, start, work)
             else:
                 self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one), cold)
+            self._untold.fetched(moves)
+            world.fetch(routing, moves)
             if world.observer is not None:
                 world.observer.event(routing, plan, (gate - attention, gate))
         world.events = event
@@ -98,9 +100,6 @@ class GraphSteps:
             launched = max(host, now) + update_s + graph.launch_s
             world.host_s += launched - now
             world.host_free_s = world.gpu_free_s = launched
-        if plan.prefetch:
-            issue = world.costs.copy_issue_s
-            world.host_free_s = world.link.prefetch(plan.prefetch, world.host_free_s, issue)
 
     def _fused(
         self,

@@ -56,11 +56,13 @@ class World:
             depth,
         )
         self.observer = Observer(self, recording) if recording is not None else None
-        #: What policy and planner take per event, distinct expert, demanded and prefetched move.
+        #: What policy and planner take per event, distinct expert, demanded and prefetched move;
+        #: the last when the event has been launched, as what it takes to look ahead.
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
         self.move_s = costs.move_s(planner.policy.name)
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
+        self._foresee_s = costs.foresee_s(planner.policy.name)
         self._wake_s = costs.wake_s
         self._graphs = GraphSteps(self, costs.graph) if costs.graph is not None else None
         self.following = Following(self)
@@ -143,12 +145,11 @@ class World:
 
     def _layers(self, step: Step) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap."""
-        env, costs, pending, plan_event = self.env, self.costs, self.link.pending, self.planner.plan
+        env, costs, pending, planner = self.env, self.costs, self.link.pending, self.planner
         attention, group_s, thinking = self._attention(step), costs.group_s, self.event_s
         access_s, issue_gate_s = self.access_s, costs.issue_gate_s + self.following.issue_gather_s
         one = costs.expert_s(1) if step.size == 1 else 0.0
         ideal: list[tuple[int, float, float]] = []
-        event = self.events
         for layer, experts in enumerate(step.demand):
             if self.host_free_s > self.gpu_free_s:  # the host still issued prefetches
                 self.host_s += self.host_free_s - self.gpu_free_s
@@ -161,16 +162,15 @@ class World:
             decide = gate + costs.sync_s
             yield env.timeout(decide - env.now)
 
-            routing = Routing(step, layer, experts, event)
-            plan = plan_event(routing)
-            event += 1
+            routing = Routing(step, layer, experts, self.events + layer)
+            plan, moves = planner.plan(routing), planner.prefetch()
             seconds = None if one else self.seconds(routing, costs.expert_s)
             work = len(experts) * one if seconds is None else sum(seconds.values())
             least, issued = group_s[len(experts)]
             work = work if work > least else least
             busy = work if work > issued else issued
             ideal.append((len(experts), issued, busy))
-            if plan is NOTHING and not pending:
+            if plan is NOTHING and not moves and not pending:
                 start = decide + (thinking + access_s * len(experts))
                 self.experts_s += work
                 self.host_s += start - gate + busy - work
@@ -179,9 +179,10 @@ class World:
                     self.observer.span("GPU", "experts", start, start + work)
             else:
                 self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
+            self.fetch(routing, moves)
             if self.observer is not None:
                 self.observer.event(routing, plan, (gate - attention, gate))
-        self.events = event
+        self.events += len(step.demand)
         self.accesses += sum(map(len, step.demand))
         self._bound(attention, ideal)
 
@@ -209,15 +210,19 @@ class World:
 
     def _serve(self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float]) -> None:
         """An event that waits for copies or makes some."""
-        host, now = self.waves(routing, plan, gate, seconds)
-        if plan.prefetch:
-            host = self.link.prefetch(plan.prefetch, host, self.costs.copy_issue_s)
-        self.host_free_s, self.gpu_free_s = host, self.await_cpu(now)
+        self.host_free_s, now = self.waves(routing, plan, gate, seconds)
+        self.gpu_free_s = self.await_cpu(now)
+
+    def fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
+        """An event has been launched: the host decides on *moves* for later ones and makes them."""
+        event_s, access_s = self._foresee_s
+        looking_s = event_s + access_s * len(routing.experts) + self.prefetch_s * len(moves)
+        host = self.host_free_s + looking_s
+        self.host_free_s = self.link.prefetch(moves, host, self.costs.copy_issue_s)
 
     def planned(self, routing: Routing, plan: Plan, decide: float) -> float:
         """When the host has planned an event whose gate's answer it has had since *decide*."""
         thinking = self.event_s + self.access_s * len(routing.experts)
-        thinking += self.prefetch_s * len(plan.prefetch)
         if plan.waves:
             thinking += self.move_s * sum(map(len, plan.waves)) + self.costs.miss_s
         return decide + thinking

@@ -36,6 +36,8 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
         policy_event_s={"lru": 1.1e-5, "predictive": 4.7e-5},
         policy_move_s={"predictive": 3.9e-6},
         policy_prefetch_s={"predictive": 5.3e-6},
+        policy_foresee_event_s={"predictive": 2.9e-5},
+        policy_foresee_access_s={"predictive": 3.7e-6},
     )
     floors = {"any": 1.9e-5}
     software = replace(
@@ -96,6 +98,7 @@ class Machine:
         self.access_s = costs.access_s(planner.policy.name)
         self.move_s = costs.move_s(planner.policy.name)
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
+        self.foresee_event_s, self.foresee_access_s = costs.foresee_s(planner.policy.name)
         self.places = simpy.PriorityResource(self.env, capacity=depth)
         self.engine = simpy.Resource(self.env)
         self.on_the_way: dict[int, Transfer] = {}
@@ -169,8 +172,7 @@ class Machine:
                 self.untold = 0
                 work = sum(map(graph.expert_s, routing.counts))
                 answer = self.env.process(self.after(self.env.all_of(needed), work + then))
-            self.untold += self.entries(plan.prefetch)
-            yield from self.submit(plan.prefetch, urgent=False)
+            self.untold += self.entries((yield from self.look_ahead(routing)))
         yield answer
 
     def entries(self, moves: Iterable[Move]) -> int:
@@ -199,8 +201,16 @@ class Machine:
     def thinking(self, routing: Routing, plan: Plan) -> float:
         """From the answer to the first copy."""
         seconds = self.event_s + self.access_s * len(routing.experts)
-        seconds += self.prefetch_s * len(plan.prefetch) + self.move_s * sum(map(len, plan.waves))
+        seconds += self.move_s * sum(map(len, plan.waves))
         return seconds + (self.costs.miss_s if plan.waves else 0.0)
+
+    def look_ahead(self, routing: Routing) -> Generator[simpy.Event, object, Sequence[Move]]:
+        """The host decides on prefetches while the GPU works, and issues them."""
+        moves = self.planner.prefetch()
+        seconds = self.foresee_event_s + self.foresee_access_s * len(routing.experts)
+        yield self.env.timeout(seconds + self.prefetch_s * len(moves))
+        yield from self.submit(moves, urgent=False)
+        return moves
 
     def after(self, before: simpy.Event, seconds: float) -> Flow:
         yield before
@@ -210,7 +220,7 @@ class Machine:
         """One event on the host: plan, copy, launch, prefetch. *done* follows on the GPU."""
         plan = self.planner.plan(routing)
         yield from self.eager(routing, plan, done, self.costs.expert_s)
-        yield from self.submit(plan.prefetch, urgent=False)
+        yield from self.look_ahead(routing)
 
     def late_ones(self, routing: Routing, plan: Plan) -> list[Transfer]:
         """Held experts still on their way; those that are not issued become urgent."""

@@ -2,7 +2,8 @@
 
 Between a gate's answer and the launch of the next graph the host works and the device idles:
 what lies between the two is policy, planner, copies issued and the table of experts changed.
-Between that launch and the next answer the device works, and waits for copies.
+Between that launch and the next answer the device works, and waits for copies, while policy and
+planner decide on prefetches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from runtime.bank import FEW
 from runtime.calibration.fits import Floats, line, nonnegative
-from runtime.eventclock import ANSWERED, LAUNCHED, PLANNED, Times
+from runtime.eventclock import ANSWERED, FETCHED, LAUNCHED, PLANNED, Times
 
 #: Kinds of events that miss the first fit by more than so many times the median miss are left out.
 OUTLIER = 6.0
@@ -59,7 +60,7 @@ class EventCounts(NamedTuple):
 
 
 class TimedRun(NamedTuple):
-    """One run: *counts* of each event by step, *times* [steps, layers, 3] and steps' seconds."""
+    """One run: *counts* of each event by step, *times* [steps, layers, 4] and steps' seconds."""
 
     policy: str
     counts: Sequence[Sequence[EventCounts]]
@@ -74,21 +75,28 @@ class TimedRun(NamedTuple):
 
 
 class Planning(NamedTuple):
-    """Seconds of policy and planner in a run: per event, expert, demanded and prefetched move.
+    """Seconds of policy and planner in a run: per event, expert and demanded move.
 
-    *residual_s* is the median miss of the fit.
+    Once the event has been launched, *prefetch_s* per prefetch, and *foresee_event_s* and
+    *foresee_access_s* however many they are. *residual_s* is the median miss of the first fit.
     """
 
     event_s: float
     access_s: float
     move_s: float
     prefetch_s: float
+    foresee_event_s: float = 0.0
+    foresee_access_s: float = 0.0
     residual_s: float = 0.0
 
     def seconds(self, counts: EventCounts) -> float:
         """What an event takes from its answer to its plan."""
-        moves_s = counts.demand * self.move_s + counts.prefetch * self.prefetch_s
-        return self.event_s + counts.accesses * self.access_s + moves_s
+        return self.event_s + counts.accesses * self.access_s + counts.demand * self.move_s
+
+    def foreseeing_s(self, counts: EventCounts) -> float:
+        """What it takes from its launch until its prefetches are decided on."""
+        looking_s = self.foresee_event_s + counts.accesses * self.foresee_access_s
+        return looking_s + counts.prefetch * self.prefetch_s
 
 
 class Cold(NamedTuple):
@@ -130,11 +138,9 @@ def capped(changes: int) -> int:
 
 def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
     """The host's costs that explain its work in *runs*; *launch_s* of each event is known."""
-    names = sorted({run.policy for run in runs})
-    thought = {
-        name: _means([r for r in runs if r.policy == name], ANSWERED, PLANNED, _planned_kind)
-        for name in names
-    }
+    by_policy = {name: [run for run in runs if run.policy == name] for name in _policies_of(runs)}
+    thought = {n: _means(of, ANSWERED, PLANNED, _planned_kind) for n, of in by_policy.items()}
+    ahead = {n: _means(of, LAUNCHED, FETCHED, _fetched_kind) for n, of in by_policy.items()}
     launched = _means(runs, PLANNED, LAUNCHED, _launched_kind)
     launched = launched._replace(seconds=np.maximum(launched.seconds - launch_s, 0.0))
     everything = [*thought.values(), launched]
@@ -143,13 +149,18 @@ def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
     found, off = _robust(launched, cold)
     launching_s, issue_s, change_s = found.tolist()
     missed = float(np.median(off / np.maximum(launched.seconds, 1e-7)))
-    planning = {name: _planning(kinds, cold) for name, kinds in thought.items()}
+    planning = {name: _planning(kinds, ahead[name], cold) for name, kinds in thought.items()}
     return HostCosts(planning, launching_s, issue_s, change_s, missed, cold)
+
+
+def _policies_of(runs: Sequence[TimedRun]) -> list[str]:
+    """The policies of *runs*, in order."""
+    return sorted({run.policy for run in runs})
 
 
 def _planned_kind(one: EventCounts) -> tuple[int, ...]:
     """What planning an event depends on."""
-    return one.accesses, one.demand, one.prefetch
+    return one.accesses, one.demand
 
 
 def _launched_kind(one: EventCounts) -> tuple[int, ...]:
@@ -157,11 +168,28 @@ def _launched_kind(one: EventCounts) -> tuple[int, ...]:
     return one.demand, capped(one.changes)
 
 
-def _planning(kinds: _Kinds, cold: Cold) -> Planning:
-    """What one policy takes from an answer to its plan."""
+def _fetched_kind(one: EventCounts) -> tuple[int, ...]:
+    """What deciding on prefetches depends on, once an event is launched."""
+    return one.accesses, one.prefetch
+
+
+def _planning(kinds: _Kinds, ahead: _Kinds, cold: Cold) -> Planning:
+    """What one policy takes from an answer to its plan, and *ahead*, then to its prefetches.
+
+    The second follows at once: no wait makes it longer.
+    """
     found, off = _robust(kinds, cold)
-    event_s, access_s, move_s, prefetch_s = found.tolist()
-    return Planning(event_s, access_s, move_s, prefetch_s, float(np.median(off)))
+    event_s, access_s, move_s = found.tolist()
+    foresee_event_s, foresee_access_s, prefetch_s = _robust(ahead, Cold())[0].tolist()
+    return Planning(
+        event_s,
+        access_s,
+        move_s,
+        prefetch_s,
+        foresee_event_s,
+        foresee_access_s,
+        residual_s=float(np.median(off)),
+    )
 
 
 class _Kinds(NamedTuple):
@@ -199,7 +227,7 @@ def _means(
     groups: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for run in runs:
         stretches = (run.times[:, 1:, end] - run.times[:, 1:, begin]).tolist()
-        waits = (run.times[:, 1:, ANSWERED] - run.times[:, :-1, LAUNCHED]).tolist()
+        waits = (run.times[:, 1:, ANSWERED] - run.times[:, :-1, FETCHED]).tolist()
         for counts, row, waited in zip(run.counts, stretches, waits, strict=True):
             for one, seconds, wait_s in zip(counts[1:], row, waited, strict=True):
                 if not one.apart:
@@ -321,7 +349,7 @@ def _waiting(
             ):
                 if not one.demand or one.apart or before is None or after is None:
                     continue
-                waited = np.array(now[ANSWERED] - before[LAUNCHED])
+                waited = np.array(now[ANSWERED] - before[FETCHED])
                 known = float(host.cold.seconds(np.array(planning.seconds(one)), waited))
                 known += host.issue_s
                 groups.setdefault(one.demand, []).append(after[ANSWERED] - now[ANSWERED] - known)

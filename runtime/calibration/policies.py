@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,18 +48,35 @@ def made_up_trace(path: Path, sequences: int, tokens: int, seed: int = 7) -> Non
 
 
 class Timed:
-    """Timed events: distinct experts, moves and seconds of each."""
+    """One stage of timed events: distinct experts, moves and seconds of each."""
 
     def __init__(self) -> None:
         self.accesses: list[int] = []
         self.moves: list[int] = []
         self.seconds: list[float] = []
 
+    def add(self, accesses: int, moves: int, seconds: float) -> None:
+        """One event's stage."""
+        self.accesses.append(accesses)
+        self.moves.append(moves)
+        self.seconds.append(seconds)
+
+    def fit(self) -> Thinking:
+        """What an event takes, each of its experts and each of its moves."""
+        return thinking(self.accesses, self.moves, self.seconds)
+
+
+class Stages(NamedTuple):
+    """What a policy takes before an event is launched, and to decide on prefetches after."""
+
+    demand: Thinking
+    prefetch: Thinking
+
 
 def measure_policies(
     quick: bool, names: Iterable[str], advance: Callable[[], None]
-) -> dict[str, Thinking]:
-    """Seconds per event, expert and move of the policies called *names*.
+) -> dict[str, Stages]:
+    """Seconds per event, expert and move of both stages of the policies called *names*.
 
     From runs of one and of several sequences at a time. A policy that cannot run on the
     made-up trace is left out.
@@ -71,7 +89,7 @@ def measure_policies(
             TraceSession(Setup(trace=str(path), train=str(path), batch=batch)) for batch in BATCHES
         ]
         for name in names:
-            timed = Timed()
+            timed = Timed(), Timed()
             try:
                 for session in sessions:
                     planner, _, steps = session.prepare(name, Budget(cache=CACHE))
@@ -80,7 +98,7 @@ def measure_policies(
                 continue
             finally:
                 advance()
-            found[name] = thinking(timed.accesses, timed.moves, timed.seconds)
+            found[name] = Stages(timed[0].fit(), timed[1].fit())
     return found
 
 
@@ -88,12 +106,11 @@ def time_events(
     planner: Planner,
     steps: list[Step],
     source: ReplayedSteps,
-    into: Timed,
+    into: tuple[Timed, Timed],
     now: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Time each event of *steps*, from its gate's answer to its plan, but the first ones."""
-    done = Timed()
-    event = 0
+    """Time each event of *steps* but the first: from its answer to its plan, and its prefetches."""
+    event, warm = 0, min(WARM_EVENTS, sum(len(step.demand) for step in steps) // 2)
     with no_garbage_collection():
         for step in steps:
             planner.begin(step)
@@ -101,14 +118,14 @@ def time_events(
                 start = now()
                 routing = source.route(step, layer, answer, event)
                 plan = planner.plan(routing)
-                done.seconds.append(now() - start)
-                done.accesses.append(len(routing.experts))
-                done.moves.append(sum(map(len, plan.waves)) + len(plan.prefetch))
+                planned = now()
+                moves = planner.prefetch()
+                fetched = now()
                 event += 1
-    warm = min(WARM_EVENTS, event // 2)
-    into.accesses += done.accesses[warm:]
-    into.moves += done.moves[warm:]
-    into.seconds += done.seconds[warm:]
+                if event > warm:
+                    experts = len(routing.experts)
+                    into[0].add(experts, sum(map(len, plan.waves)), planned - start)
+                    into[1].add(experts, len(moves), fetched - planned)
 
 
 def _answers(step: Step, experts: int) -> list[Answer]:

@@ -27,7 +27,7 @@ from runtime.calibration.experts import (
     measure_low,
     measure_token_share,
 )
-from runtime.calibration.fits import Line, Thinking, significant
+from runtime.calibration.fits import Line, significant
 from runtime.calibration.hosts import COLD_AFTER_S, Planning, capped
 from runtime.calibration.kernels import Graphs, Rates, measure_graphs, measure_rates
 from runtime.calibration.launches import (
@@ -40,7 +40,7 @@ from runtime.calibration.models import (
     measure_layers,
     measure_workspace,
 )
-from runtime.calibration.policies import measure_policies
+from runtime.calibration.policies import Stages, measure_policies
 from runtime.calibration.runs import Runs, measure_runs
 from runtime.calibration.shapes import (
     FAMILIES,
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
     graphs: Graphs
     experts: Experts
     cpu: CpuRates
-    policies: dict[str, Thinking]
+    policies: dict[str, Stages]
     launches: Launches
     dense: Line | None
     fused: Line | None
@@ -204,7 +204,8 @@ def _direction(table: Table) -> dict[str, Any]:
 def _planning(found: Measured) -> dict[str, Planning]:
     """Policies' times as they are in a run; as replayed alone where none was made."""
     alone = {
-        n: Planning(t.event_s, t.access_s, t.move_s, t.move_s) for n, t in found.policies.items()
+        n: Planning(t.event_s, t.access_s, t.move_s, p.move_s, p.event_s, p.access_s)
+        for n, (t, p) in found.policies.items()
     }
     if found.runs is None:
         return alone
@@ -221,6 +222,10 @@ def _host(found: Measured) -> dict[str, Any]:
         name: {n: significant(getattr(p, name)) for n, p in planning.items()}
         for name in ("event_s", "access_s", "move_s", "prefetch_s")
     }
+    ahead = {
+        f"policy_{name}": {n: significant(getattr(p, name)) for n, p in planning.items()}
+        for name in ("foresee_event_s", "foresee_access_s")
+    }
     parts["event_s"] = {n: max(s, LEAST_S) for n, s in parts["event_s"].items()}
     host: dict[str, Any] = {
         "copy_issue_s": found.copies.issue_s,
@@ -232,7 +237,7 @@ def _host(found: Measured) -> dict[str, Any]:
     for name, by_policy in parts.items():
         host[name] = significant(statistics.median(by_policy.values()))
         host[f"policy_{name}"] = by_policy
-    return host | _captured(found)
+    return host | ahead | _captured(found)
 
 
 def _captured(found: Measured) -> dict[str, Any]:
@@ -301,7 +306,9 @@ def _sources(bench: Bench, found: Measured) -> dict[str, str]:
         ),
         "host.policy_access_s": "the same fit, per distinct expert of an event",
         "host.policy_move_s": "the same fit, per demanded move",
-        "host.policy_prefetch_s": "the same fit, per prefetched move",
+        "host.policy_prefetch_s": "a fit beside it, of what comes after the launch, per prefetch",
+        "host.policy_foresee_event_s": "that fit, per event",
+        "host.policy_foresee_access_s": "that fit, per distinct expert of an event",
         "host.prefetch_s": "median of policy_prefetch_s",
         "software": f"operations counted in {model}; experts as in a prompt of the runtime",
         "expert": f"single experts in plain torch (expert_rows), kernels as in software, {by}",
@@ -310,12 +317,12 @@ def _sources(bench: Bench, found: Measured) -> dict[str, str]:
     return {key: f"measured: {text}" for key, text in (sources | _graph_sources(found)).items()}
 
 
-def _missed(lru: Thinking | None) -> str:
+def _missed(lru: Stages | None) -> str:
     """What the fit of ``lru`` is off by, as an example; nothing if it was not replayed."""
     if lru is None:
         return ""
-    constant = f"where a constant misses {lru.constant_residual_s:.1e} s"
-    return f"; lru misses {lru.residual_s:.1e} s {constant}"
+    constant = f"where a constant misses {lru.demand.constant_residual_s:.1e} s"
+    return f"; lru misses {lru.demand.residual_s:.1e} s {constant}"
 
 
 def _graph_sources(found: Measured) -> dict[str, str]:

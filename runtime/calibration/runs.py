@@ -121,14 +121,16 @@ def counts_of(prepared: Prepared) -> Iterator[list[EventCounts]]:
     planner, event = prepared.planner, 0
     untold = UntoldChanges(planner.context.total)
     for step in prepared.steps():
-        untold.begin(planner.begin(step))
+        untold.fetched(planner.begin(step))
         found = []
         for layer, experts in enumerate(step.demand):
             plan = planner.plan(Routing(step, layer, experts, event))
             event += 1
             changes = untold.told(plan, len(experts))
-            demand, prefetch = sum(map(len, plan.waves)), len(plan.prefetch)
-            found.append(EventCounts(len(experts), demand, prefetch, changes, not plan.whole))
+            moves = planner.prefetch()
+            untold.fetched(moves)
+            demand = sum(map(len, plan.waves))
+            found.append(EventCounts(len(experts), demand, len(moves), changes, not plan.whole))
         yield found
 
 

@@ -68,7 +68,12 @@ from runtime.calibration.models import (  # noqa: E402
     layer_times,
     noted,
 )
-from runtime.calibration.policies import Timed, made_up_trace, time_events  # noqa: E402
+from runtime.calibration.policies import (  # noqa: E402
+    Stages,
+    Timed,
+    made_up_trace,
+    time_events,
+)
 from runtime.calibration.runs import Runs, Shape, sessions, timed_runs  # noqa: E402
 from runtime.calibration.shapes import (  # noqa: E402
     FAMILIES,
@@ -246,7 +251,7 @@ def test_no_other_allowed_answer_is_nearer(columns, seed):
 TRUE = HostCosts(
     {
         "lru": Planning(9e-6, 5e-7, 2e-6, 0.0),
-        "predictive": Planning(4e-5, 3e-6, 3e-6, 7e-6),
+        "predictive": Planning(4e-5, 3e-6, 3e-6, 7e-6, 2e-5, 1e-6),
     },
     launching_s=3e-6,
     issue_s=1.7e-5,
@@ -290,7 +295,8 @@ def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=Fa
             planned = answered + colder(costs.planning[policy].seconds(one), waited, costs)
             launched = now = planned + colder(launching_s(one, costs), waited, costs) + LAUNCH_S
             launched = now = now + (4e-3 if draw.random() < PAUSES else 0.0)
-            times[-1].append((answered, planned, now))
+            fetched = now + costs.planning[policy].foreseeing_s(one)
+            times[-1].append((answered, planned, now, fetched))
             now += LAYER_S * (1.0 if layer < layers - 1 else 0.4) + wait(one)
             now += 3e-3 if draw.random() < PAUSES else 0.0
         step_s.append(now + REST_S - begun)
@@ -315,6 +321,9 @@ def test_host_costs_come_back_from_runs_with_pauses():
             one = EventCounts(n, d, p * (policy != "lru"), changes)
             assert found.planning[policy].seconds(one) == pytest.approx(
                 planning.seconds(one), rel=0.05
+            )
+            assert found.planning[policy].foreseeing_s(one) == pytest.approx(
+                planning.foreseeing_s(one), rel=0.05, abs=1e-9
             )
         assert launching_s(one, found) == pytest.approx(launching_s(one), rel=0.05)
 
@@ -378,7 +387,7 @@ def test_a_layer_and_the_rest_of_a_step_come_from_quiet_events():
 
 
 def test_every_policy_runs_for_its_events(bench):
-    """The runtime itself on a small model: three moments of every event, and its counts."""
+    """The runtime itself on a small model: four moments of every event, and its counts."""
     shape = Shape(layers=2, hidden=64, intermediate=32, tokens=6, experts=8, top_k=2)
     with sessions(shape, (1, 2), "cpu") as found:
         runs = timed_runs(found, list(POLICIES.classes()), ("50%",))
@@ -386,10 +395,10 @@ def test_every_policy_runs_for_its_events(bench):
     for timed, batch in zip(runs, itertools.cycle((1, 2))):
         steps = 15 if batch == 1 else 9
         assert len(timed.counts) == len(timed.step_s) == steps
-        assert timed.times.shape == (steps, 2, 3)
+        assert timed.times.shape == (steps, 2, 4)
         moments = timed.times.reshape(-1)
         assert (np.diff(moments) > 0).all()
-        assert (timed.times[:, -1, 2] - timed.times[:, 0, 0] < timed.step_s).all()
+        assert (timed.times[:, -1, -1] - timed.times[:, 0, 0] < timed.step_s).all()
         for one in (one for step in timed.counts for one in step):
             assert one.accesses >= 2
             assert one.changes >= one.demand or timed.policy == "mixed"
@@ -400,7 +409,7 @@ def test_every_policy_runs_for_its_events(bench):
 def test_every_event_of_a_decoding_model_is_noted(bench):
     with offloaded("qwen3_moe", 2, bench, middle_dimensions("qwen3_moe", 2, wide=False)) as model:
         times = noted(model, Decoding(model, bench, 64, prompt=8), 5)
-        assert times.shape == (9, 2, 3)
+        assert times.shape == (9, 2, 4)
         assert (np.diff(times.reshape(-1)) > 0).all()
         assert 0 < quiet_layer_s(times) < 1
         assert model.expert_cache.runner.engine.clock is None
@@ -437,19 +446,22 @@ def test_every_family_runs_small_with_the_heads_of_a_published_model(family, ben
         assert len(decoding.kept) == 2
 
 
-@pytest.mark.parametrize("policy", ["lru", "belady"])
+@pytest.mark.parametrize("policy", ["lru", "belady", "predictive"])
 def test_events_are_timed_with_their_experts_and_moves(tmp_path, policy):
-    """Each event takes one tick of a clock that does nothing else; the rest is the planner's."""
+    """Each stage takes one tick of a clock that does nothing else; the rest is the planner's."""
     made_up_trace(tmp_path / "t.parquet", sequences=2, tokens=30)
     session = TraceSession(Setup(trace=str(tmp_path / "t.parquet"), batch=2))
     planner, _, steps = session.prepare(policy, Budget(cache="50%"))
-    ticks, timed = iter(range(10**6)), Timed()
+    ticks, timed = iter(range(10**6)), (Timed(), Timed())
     steps = list(steps())
     source = ReplayedSteps(session.model)
     time_events(planner, steps, source, timed, lambda: float(next(ticks)))
-    assert set(timed.seconds) == {1.0}
-    assert timed.accesses == [len(d) for step in steps for d in step.demand][180:]
-    assert 0 < sum(timed.moves) <= planner.counts["demand"]
+    for stage in timed:
+        assert set(stage.seconds) == {1.0}
+        assert stage.accesses == [len(d) for step in steps for d in step.demand][180:]
+    demanded, fetched = (sum(stage.moves) for stage in timed)
+    assert 0 < demanded <= planner.counts["demand"]
+    assert (fetched > 0) == (policy == "predictive")
 
 
 VALUES = st.recursive(
@@ -477,6 +489,7 @@ def a_table(alpha, rate):
     return Table(sizes, [alpha + s / rate for s in sizes], [s / rate for s in sizes])
 
 
+IDLE = Thinking(1e-7, 2e-8, 3e-7, 1e-8, 1e-8)
 FOUND = run.Measured(
     copies=Copies(a_table(9e-6, 5.5e10), a_table(8e-6, 5.4e10), 2.8e9, 7.9e-6, 6e-6),
     rates=Rates(4.2e12, 6.6e14, 1.8e-6),
@@ -484,9 +497,11 @@ FOUND = run.Measured(
     experts=Experts(0.9, 11.0, [ExpertRow("qwen3-30b", 9_437_184, [1], [5e-5], 1.5e-5)]),
     cpu=CpuRates(1e11, 2e12),
     policies={
-        "lru": Thinking(2e-6, 2e-7, 1e-6, 1e-7, 1e-6),
-        "predictive": Thinking(2e-5, 1e-6, 3e-6, 1e-7, 4e-6),
-        "fifo": Thinking(1e-6, 0.0, 1e-6, 1e-7, 1e-6),
+        "lru": Stages(Thinking(2e-6, 2e-7, 1e-6, 1e-7, 1e-6), IDLE),
+        "predictive": Stages(
+            Thinking(2e-5, 1e-6, 3e-6, 1e-7, 4e-6), Thinking(1e-5, 2e-6, 4e-6, 1e-7, 4e-6)
+        ),
+        "fifo": Stages(Thinking(1e-6, 0.0, 1e-6, 1e-7, 1e-6), IDLE),
     },
     launches=Launches(9e-6, 3e-4, 60, 20),
     dense=Line(3e-6, 0.7, 1e-6),
@@ -500,8 +515,8 @@ FOUND = run.Measured(
     runs=Runs(
         HostCosts(
             {
-                "lru": Planning(8e-6, 3e-7, 1.5e-6, 0.0, 1e-7),
-                "predictive": Planning(5.5e-5, 2.5e-6, 7.5e-6, 9e-6, 1e-7),
+                "lru": Planning(8e-6, 3e-7, 1.5e-6, 0.0, residual_s=1e-7),
+                "predictive": Planning(5.5e-5, 2.5e-6, 7.5e-6, 9e-6, 2e-5, 4e-7, 1e-7),
             },
             3e-6, 1.1e-5, 4e-6, 0.01,
         ),
@@ -523,7 +538,9 @@ def test_what_runs_tell_stands_in_the_profile(bench, tmp_path):
     assert host.policy_event_s == {"lru": 1.1e-5, "predictive": 5.8e-5, "fifo": 1e-6}
     assert host.policy_access_s == {"lru": 3e-7, "predictive": 2.5e-6, "fifo": 0}
     assert host.policy_move_s == {"lru": 1.5e-6, "predictive": 7.5e-6, "fifo": 1e-6}
-    assert host.policy_prefetch_s == {"lru": 0.0, "predictive": 9e-6, "fifo": 1e-6}
+    assert host.policy_prefetch_s == {"lru": 0.0, "predictive": 9e-6, "fifo": 3e-7}
+    assert host.policy_foresee_event_s == {"lru": 0.0, "predictive": 2e-5, "fifo": 1e-7}
+    assert host.policy_foresee_access_s == {"lru": 0.0, "predictive": 4e-7, "fifo": 2e-8}
     assert host.table_rewrite_s == pytest.approx(13 * 4e-6)
     assert (host.copy_issue_s, host.table_update_s, host.miss_s) == (1.1e-5, 4e-6, 2e-5)
     assert (host.step_s, host.graph_launch_s, host.gate_sync_s) == (3e-4, 6e-6, 5e-6)

@@ -297,6 +297,7 @@ def slow_link(trace: MemoryTrace, policy: str, forecaster: str) -> Planner:
         planner.begin(step)
         for layer, experts in enumerate(step.demand):
             planner.plan(Routing(step, layer, experts, step.number * 8 + layer))
+            planner.prefetch()
     return planner
 
 

@@ -182,3 +182,22 @@ def test_hidden_experts_come_back():
     run.engine.after(plan, late)
     run.engine.table.flush()
     assert run.engine.table.slots[0].tolist() == [ABSENT, 0, 1] + [ABSENT] * 3
+
+
+def test_the_device_works_when_prefetches_are_decided():
+    """A policy is asked for them once the event has been launched."""
+    said = []
+
+    class Looking(LRU):
+        def prefetch(self, routing, forecast):
+            said.append("asked")
+            return [4]
+
+    run = Run(Looking(), slots=4)
+    routing = Routing(run.begin(), 0, [1, 2], 0)
+    plan, late = run.engine.decide(routing)
+    run.engine.in_groups(routing, plan, late, lambda only: said.append("computed"), None)
+    assert set(said) == {"computed"}
+    run.engine.after(plan, late)
+    assert said[-1] == "asked"
+    assert run.engine.copier.pending.keys() == {4}

@@ -53,6 +53,20 @@ def test_a_quiet_step_is_a_serial_chain(policy: str) -> None:
     assert world.decode_step_s[1] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("looking_s", [1e-9, 1e-2])
+def test_the_gpu_works_while_prefetches_are_decided(looking_s: float) -> None:
+    """A step is no longer for it, unless it takes longer than what the GPU does meanwhile."""
+    looking = replace(GRAPHS.host, policy_foresee_event_s={"predictive": looking_s})
+    looking = replace(looking, policy_foresee_access_s={})
+    profile = replace(GRAPHS, host=looking)
+    world = simulate("predictive", one_layer([[0, 1], [0, 1]]), 4, profile, forecaster=Oracle())
+    graph = world.costs.graph
+    assert graph is not None
+    expected = graph.launch_s + graph.attention_s(1, 2) + chain_s(GRAPHS, "predictive")
+    expected += max(2 * graph.expert_s(1), looking_s) + GRAPHS.host.step_s
+    assert world.decode_step_s[1] == pytest.approx(expected, rel=1e-12)
+
+
 def test_missed_experts_are_planned_issued_and_awaited_before_the_graph_runs() -> None:
     """The first step loads two: the later lands one idle and one queued copy after its issue.
 

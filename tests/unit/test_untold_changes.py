@@ -14,8 +14,8 @@ TOTAL = 10
 def test_a_move_changes_two_entries_and_a_prefetch_is_told_with_the_next_graph() -> None:
     untold = UntoldChanges(TOTAL)
     plan = Plan([1], [[Move(1, 0, 2, True)]])
-    plan.prefetch = [Move(3, 1, 4, False), Move(5, 2, -1, False)]
     assert untold.told(plan, 2) == 2
+    untold.fetched([Move(3, 1, 4, False), Move(5, 2, -1, False)])
     assert untold.count == 3
     assert untold.told(NOTHING, 2) == 3
     assert untold.told(NOTHING, 2) == 0
@@ -45,5 +45,5 @@ def test_an_event_computed_before_its_graph_is_hidden_from_it() -> None:
 
 def test_moves_before_a_step_are_told_with_its_first_event() -> None:
     untold = UntoldChanges(TOTAL)
-    untold.begin([Move(1, 0, -1, False), Move(2, 1, 7, False)])
+    untold.fetched([Move(1, 0, -1, False), Move(2, 1, 7, False)])
     assert untold.told(NOTHING, 2) == 3

@@ -1,0 +1,86 @@
+"""Planning in two stages: what an event's computing needs, then what is fetched for later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from policies.base import Context, Forecast
+from policies.builtin.lru import LRU
+from policies.decisions import DecisionLog
+from policies.planner import NOTHING, Planner
+from policies.routing import DECODE, Routing, Step
+
+
+class Eager(LRU):
+    """Wants *wanted* behind every event, and says when it is asked."""
+
+    name = "eager"
+
+    def __init__(self, wanted: Iterable[int]) -> None:
+        self.wanted = wanted
+        self.asked = 0
+
+    def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
+        self.asked += 1
+        return self.wanted
+
+
+def planner_of(policy: LRU, slots: int = 4) -> Planner:
+    """A planner over one layer of 8 experts."""
+    return Planner(policy, Context(1, 8, 2, slots), log=DecisionLog(keep=True))
+
+
+def event(number: int, experts: list[int]) -> Routing:
+    return Routing(Step(number, DECODE, 1), 0, experts, number)
+
+
+def test_a_policy_is_asked_for_prefetches_when_the_rest_is_planned() -> None:
+    policy = Eager([2, 3])
+    planner = planner_of(policy)
+    plan = planner.plan(event(0, [0, 1]))
+    assert [move.copy for move in plan.waves[0]] == [0, 1]
+    assert policy.asked == 0
+    assert [(move.copy, move.slot) for move in planner.prefetch()] == [(2, 2), (3, 3)]
+    assert policy.asked == 1
+    assert planner.prefetch() == ()
+    assert policy.asked == 1
+    planner.log.sha256()
+    assert list(planner.log.numbers or ()) == [-1, 0, 2, 0, 0, -1, 1, 1, -1, -3, 2, 2, -1, 3, 3, -1]
+
+
+def test_a_quiet_event_is_logged_for_its_prefetches_alone() -> None:
+    policy = Eager(())
+    planner = planner_of(policy)
+    planner.plan(event(0, [0, 1]))
+    planner.prefetch()
+    planner.log.sha256()
+    known = len(planner.log.numbers or ())
+    for number, wanted in ((1, []), (2, [0, 1]), (3, [5])):
+        policy.wanted = wanted
+        assert planner.plan(event(number, [0, 1])) is NOTHING
+        planner.prefetch()
+    planner.log.sha256()
+    assert list(planner.log.numbers or ())[known:] == [-1, 3, 0, -3, 5, 2, -1]
+
+
+def test_what_computes_is_still_pinned_when_prefetches_are_decided() -> None:
+    """Two slots, both read by the event: nothing can be fetched until the next one."""
+    planner = planner_of(Eager([5]), slots=2)
+    planner.plan(event(0, [0, 1]))
+    assert planner.prefetch() == []
+    planner.plan(event(1, [1]))
+    assert [(move.copy, move.victim) for move in planner.prefetch()] == [(5, 0)]
+
+
+def test_prefetches_must_be_asked_for() -> None:
+    """To leave them out would be another policy's decisions."""
+    planner = planner_of(Eager([5]))
+    planner.plan(event(0, [0]))
+    with pytest.raises(RuntimeError, match="event 0: its prefetches were not asked for"):
+        planner.plan(event(1, [1]))
+    lru = planner_of(LRU())
+    for number in range(2):
+        lru.plan(event(number, [number]))
+    assert lru.prefetch() == ()
