@@ -65,7 +65,10 @@ class Mixed(Policy):
         self._terms = np.zeros(2 * context.total)
         experts = np.arange(2 * context.total) % context.total
         self._layer_of = experts // context.experts
-        self._distance = np.arange(context.layers)
+        #: The last term by the present layer and an expert's.
+        layers = np.arange(context.layers)
+        distance = (layers - layers[:, None]) % context.layers
+        self._nearness = self.w_fld * (1 - distance / context.layers)
         self._token = 1
         self._layer = 0
         self._sequences: frozenset[int] = frozenset()
@@ -76,10 +79,9 @@ class Mixed(Policy):
         self._expected = [HIGH] * context.top_k
 
     def _priority(self, copies: IntArray) -> FloatArray:
-        layers = self._context.layers
-        nearness = self.w_fld * (1 - (self._distance - self._layer) % layers / layers)
         terms = self._terms.take(copies) / self._token
-        priority: FloatArray = terms + nearness.take(self._layer_of.take(copies))
+        nearness = self._nearness[self._layer].take(self._layer_of.take(copies))
+        priority: FloatArray = terms + nearness
         return priority
 
     def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
@@ -134,8 +136,8 @@ class Mixed(Policy):
 
     def _expect(self, weights: FloatArray) -> None:
         """What a gate's ranks usually weigh says at which precision to fetch the predicted."""
-        mean = weights.mean(axis=0)
-        self._usual += 0.05 * (mean / max(mean.sum(), 1e-30) - self._usual)
+        mean = np.add.reduce(weights, axis=0) / len(weights)
+        self._usual += 0.05 * (mean / max(np.add.reduce(mean), 1e-30) - self._usual)
         self._expected = self._levels(self._usual[None])[0]
 
     def _levels(self, weights: FloatArray) -> list[list[int]]:
@@ -143,9 +145,10 @@ class Mixed(Policy):
         t1, t2 = self.t1, self.t2
         low = LOW if self._context.low_slots else HIGH
         found = []
-        totals = np.maximum(np.add.reduce(weights, axis=1), 1e-30).tolist()
+        totals = np.add.reduce(weights, axis=1).tolist()
         for row, total in zip(weights.tolist(), totals, strict=True):
             levels, passed = [], 0.0
+            total = max(total, 1e-30)
             for weight in row:
                 passed += weight
                 before = (passed - weight) / total

@@ -65,18 +65,19 @@ class Ahead(Forecaster):
         """Compare what was guessed for this event with what its gate chose."""
         still: deque[tuple[int, int, list[list[int]]]] = deque()
         tokens = routing.step.size
-        chosen = routing.token_experts.tolist() if self._open and tokens <= MAX_TOKENS else ()
+        chosen: list[frozenset[int]] = []
+        if self._open and tokens <= MAX_TOKENS:
+            chosen = list(map(frozenset, routing.token_experts.tolist()))
         for event, distance, rows in self._open:
             if event > routing.event:
                 still.append((event, distance, rows))
             elif event == routing.event and len(rows) == len(chosen):
-                right, seen = self._right[distance], self._seen[distance]
-                for rank in range(len(rows[0])):
-                    seen[rank] += tokens
+                right, seen, width = self._right[distance], self._seen[distance], len(rows[0])
+                seen[:width] = [count + tokens for count in seen[:width]]
+                counts = right[:width]
                 for guesses, ids in zip(rows, chosen, strict=True):
-                    for rank, id in enumerate(guesses):
-                        if id in ids:
-                            right[rank] += 1.0
+                    counts = [n + (id in ids) for n, id in zip(counts, guesses, strict=True)]
+                right[:width] = counts
         self._open = still
 
     def _of_several(
