@@ -35,7 +35,7 @@ def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float
 def from_layer(path: Forecast, routing: Routing) -> Forecast:
     """What is left of *path*, made before layer 0, once the layer of *routing* has been routed."""
     passed = routing.layer + 1
-    return [p._replace(ahead=p.ahead - passed) for p in path if p.ahead > passed]
+    return [Prediction(ahead - passed, ids, s) for ahead, ids, s in path if ahead > passed]
 
 
 def any_of(chances: FloatArray) -> FloatArray:

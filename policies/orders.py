@@ -165,35 +165,49 @@ class Ranked:
         self._score = score
         self._held = [np.zeros(2 * context.total, dtype=bool) for _ in range(pools.count)]
         self._ranking: dict[int, list[int]] = {}
+        #: Of each ranking, those at its head that have gone since: they need not be named.
+        self._gone: dict[int, list[int]] = {}
 
     def stale(self) -> None:
         """A new event: scores have changed."""
         self._ranking.clear()
+        self._gone.clear()
 
     def add(self, copy: int) -> None:
         """*copy* is held now."""
-        self._held[self._of(copy)][copy] = True
+        pool = self._of(copy)
+        self._held[pool][copy] = True
+        gone = self._gone.get(pool)
+        if gone and copy in gone:
+            # It has its place again.
+            self._ranking[pool] += reversed(gone)
+            gone.clear()
 
     def remove(self, copy: int) -> None:
         """*copy* is no longer held."""
-        self._held[self._of(copy)][copy] = False
+        pool = self._of(copy)
+        self._held[pool][copy] = False
+        ranking = self._ranking.get(pool)
+        if ranking and ranking[-1] == copy:
+            self._gone[pool].append(ranking.pop())
 
     def least(self, incoming: int) -> Iterator[int]:
         """The pool of *incoming*, least worth keeping first."""
         pool = self._of(incoming)
         ranking = self._ranking.get(pool)
         if ranking is None:
-            ranking = self._ranking[pool] = self._rank(pool, self.FEW)
-        yield from ranking
-        self._ranking[pool] = ranking = self._rank(pool, None)
-        yield from ranking
+            ranking = self._rank(pool, self.FEW)
+        yield from reversed(ranking)
+        yield from reversed(self._rank(pool, None))
 
     def _rank(self, pool: int, few: int | None) -> list[int]:
-        """The *few* lowest of *pool* (and their equals), or all of them."""
+        """The *few* lowest of *pool* (and their equals), or all of them; the lowest comes last."""
         copies = self._held[pool].nonzero()[0]
         scores = self._score(copies)
         if few is not None and len(copies) > few:
             low = (scores <= np.partition(scores, few)[few]).nonzero()[0]
-            copies, scores = copies[low], scores[low]
-        ranked: list[int] = copies[np.lexsort((copies, scores))].tolist()
+            copies, scores = copies.take(low), scores.take(low)
+        # Copies ascend: of equals the smallest comes first.
+        ranked: list[int] = copies.take(scores.argsort(kind="stable")[::-1]).tolist()
+        self._ranking[pool], self._gone[pool] = ranked, []
         return ranked

@@ -29,12 +29,14 @@ _ASKERS = {
     "prefetch": "prefetch",
     "_prefetch": "prefetch or plan_step",
     "_serve": "serve",
-    "_check_service": "serve",
+    "_checked": "serve",
     "_wanted": "a forecast",
 }
 
 #: Service codes of the decision log.
 _CODES = {Service.LOW: 1, Service.SKIP: 2, Service.CPU: 3}
+
+_SERVICES = Service, Substitute
 
 
 class PolicyError(InputError):
@@ -98,13 +100,17 @@ class Planner:
         self._prefetches = type(policy).prefetch is not Policy.prefetch
         self._serves = type(policy).serve is not Policy.serve
         self._inexact = not policy.exact
+        #: Whether anything is left to do when an event's demand is planned.
+        self._follows = self._prefetches or self._serves or self._inexact
         self._on_load, self._on_evict = policy.on_load, policy.on_evict
         self._on_route, self._victims = policy.on_route, policy.victims
         self._ledger_place = self.cache.place
         self._waiting: set[int] = set()
-        #: The event whose prefetches have not been asked for, and its record so far.
+        #: The event whose prefetches have not been asked for, its record so far, and how what
+        #: was missed is served.
         self._routing: Routing | None = None
         self._record: list[int] = []
+        self._served: Mapping[int, Service | Substitute] | None = None
         #: Prefetches a policy may name at once: every copy of every expert, twice over.
         self._patience = 4 * context.total + 64
         self.counts: Counter[str] = Counter()
@@ -151,16 +157,14 @@ class Planner:
         self._on_route(routing)
         if self._waiting:
             self._waiting.difference_update(experts)
-        if self._inexact:
-            self._weigh(routing)
-        if self._prefetches:
-            self._routing, self._record = routing, []
+        if self._follows:
+            self._routing, self._record, self._served = routing, [], None
         if not missed:
             return NOTHING
         record = [-1, routing.event, len(missed)]
         plan = self._place_demand(routing, missed, record)
-        if self._prefetches:
-            self._record = record
+        if self._follows:
+            self._record, self._served = record, plan.served
         else:
             self.log.add(record)
         return plan
@@ -170,23 +174,25 @@ class Planner:
         routing = self._routing
         if routing is None:
             return ()
-        self._routing, record = None, self._record
-        forecast = self.forecaster.on_route(routing) if self.forecaster else ()
-        wanted = self.policy.prefetch(routing, forecast)
+        self._routing, record, missed = None, self._record, bool(self._record)
         moves: Sequence[Move] = ()
-        missed = bool(record)
-        if wanted:
-            if not missed:
-                self.cache.pinned = routing.experts
-                record += (-1, routing.event, 0)
-            record.append(-3)
-            moves = self._prefetch(wanted, record)
+        if self._prefetches:
+            forecast = self.forecaster.on_route(routing) if self.forecaster else ()
+            wanted = self.policy.prefetch(routing, forecast)
+            if wanted:
+                if not missed:
+                    self.cache.pinned = set(routing.experts)
+                    record += (-1, routing.event, 0)
+                record.append(-3)
+                moves = self._prefetch(wanted, record)
         if missed or moves:
             self.log.add(record)
+        if self._inexact or self._served:
+            self._tally(routing, self._served or {})
         return moves
 
     def _place_demand(self, routing: Routing, missed: list[int], record: list[int]) -> Plan:
-        self.cache.pinned = routing.experts
+        self.cache.pinned = set(routing.experts)
         loads, served = missed, None
         if self._serves:
             loads, served, missed = self._serve(routing, missed, record)
@@ -213,10 +219,8 @@ class Planner:
                 loads.append(expert)
                 truly.append(expert)
                 continue
-            self._check_service(expert, service)
+            record += (-4, expert, self._checked(expert, service))
             served[expert] = service
-            self._tally(routing, expert, service)
-            record += (-4, expert, self._code(service))
             if service is Service.LOW:
                 copy = self.context.low(expert)
                 self._waiting.discard(copy)
@@ -228,28 +232,30 @@ class Planner:
             stray = next(e for e in answer if e not in missed)
             raise self._refusal(f"serves expert {stray!r}, which was not missed")
         pinned = set(routing.experts)
-        pinned.update(self.context.low(e) for e, s in served.items() if s is Service.LOW)
-        pinned.update(s.expert for s in served.values() if isinstance(s, Substitute))
+        for expert, service in served.items():
+            if service is Service.LOW:
+                pinned.add(self.context.low(expert))
+            elif isinstance(service, Substitute):
+                pinned.add(service.expert)
         self.cache.pinned = pinned
         return loads, served, truly
 
-    def _check_service(self, expert: int, service: object) -> None:
-        if not isinstance(service, Service | Substitute):
+    def _checked(self, expert: int, service: object) -> int:
+        """The code of *service*, which may be one for *expert*."""
+        if not isinstance(service, _SERVICES):
             raise self._refusal(f"serves an expert by {service!r}, expected a Service")
         if self.policy.exact and service is not Service.CPU:
             raise self._refusal(
                 f"would change the output ({service}) of {self.context.name(expert)}, "
                 "but declares exact = True"
             )
-        if isinstance(service, Substitute):
-            same = service.expert // self.context.experts == expert // self.context.experts
-            if not same:
-                raise self._refusal(f"substitutes {self.context.name(expert)} across layers")
-            self.cache.require(service.expert)
-
-    @staticmethod
-    def _code(service: Service | Substitute) -> int:
-        return 16 + service.expert if isinstance(service, Substitute) else _CODES[service]
+        if isinstance(service, Service):
+            return _CODES[service]
+        same = service.expert // self.context.experts == expert // self.context.experts
+        if not same:
+            raise self._refusal(f"substitutes {self.context.name(expert)} across layers")
+        self.cache.require(service.expert)
+        return 16 + service.expert
 
     def _waves(self, loads: list[int], record: list[int]) -> list[list[Move]]:
         """Place *loads* in ascending order; what finds no slot waits for the next wave."""
@@ -308,17 +314,21 @@ class Planner:
         self.counts["prefetch"] += len(moves)
         return moves
 
-    def _weigh(self, routing: Routing) -> None:
-        """The gate weight of an event, of which quality reports the shares."""
-        weights = routing.token_weights
-        size = routing.step.size if weights is None else float(weights.sum(dtype="float64"))
-        self.quality["weight"] += size
-
-    def _tally(self, routing: Routing, expert: int, service: Service | Substitute) -> None:
-        kind = "substitute" if isinstance(service, Substitute) else service.value
-        weight = routing.weight_of(expert % self.context.experts)
-        self.quality[kind] += 1
-        self.quality[f"{kind}_weight"] += weight
+    def _tally(self, routing: Routing, served: Mapping[int, Service | Substitute]) -> None:
+        """The gate weight of an event, and how much of it was *served* in which way."""
+        quality = self.quality
+        if self._inexact:
+            weights = routing.token_weights
+            size = routing.step.size if weights is None else float(weights.sum(dtype="float64"))
+            quality["weight"] += size
+        if not served:
+            return
+        base = routing.layer * self.context.experts
+        weights_of = routing.weights_of([expert - base for expert in served])
+        for service, weight in zip(served.values(), weights_of, strict=True):
+            kind = "substitute" if isinstance(service, Substitute) else service.value
+            quality[kind] += 1
+            quality[f"{kind}_weight"] += weight
 
     def _refusal(self, what: str) -> LedgerError:
         return LedgerError(f"policy {self.policy.name!r}, event {self.cache.event}: {what}")

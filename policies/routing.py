@@ -112,6 +112,15 @@ class Routing:
             raise LookupError("the future is known to offline policies only")
         return self.step._next_use[self.layer]
 
+    def weights_of(self, expert_ids: Sequence[int]) -> list[float]:
+        """:meth:`weight_of` of several experts, all of which tokens have chosen."""
+        weights = self.token_weights
+        if weights is None:
+            return [self.weight_of(id) for id in expert_ids]
+        sums = np.bincount(self.token_experts.reshape(-1), weights.reshape(-1))
+        found: list[float] = sums[expert_ids].tolist()
+        return found
+
     def weight_of(self, expert_id: int) -> float:
         """Gate weight that falls on one expert of the layer, summed over the tokens."""
         weights = self.token_weights

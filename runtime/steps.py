@@ -214,5 +214,6 @@ def _demand(chosen: Ints, base: int) -> tuple[list[int], list[int]]:
     if len(chosen) == 1:
         demand = sorted((chosen[0] + base).tolist())
         return demand, [1] * len(demand)
-    found, tally = np.unique(chosen, return_counts=True)
-    return (found + base).tolist(), tally.tolist()
+    tally = np.bincount(chosen.reshape(-1))
+    found = tally.nonzero()[0]
+    return (found + base).tolist(), tally.take(found).tolist()

@@ -141,18 +141,17 @@ class NextUse:
         first = pool * self._experts
         held = self._held[first : first + self._experts] if self._by_layer else self._held
         copies = held.nonzero()[0] + first
-        last = self._last[copies]
-        times = self._far[copies]
-        times -= self._odds[copies] * (times - self._when[copies])
+        last, times = self._last.take(copies), self._far.take(copies)
+        times -= self._odds.take(copies) * (times - self._when.take(copies))
         times += self._age * np.minimum((self._now - last) / self._layers, self._longest)
         # What the event itself uses stays, unless it runs in waves.
         times[last == self._now] = -np.inf
         whole = few is None or len(copies) <= few
         if not whole:
             far = (times >= np.partition(times, -few)[-few]).nonzero()[0]  # type: ignore[operator]
-            copies, times, last = copies[far], times[far], last[far]
+            copies, times, last = copies.take(far), times.take(far), last.take(far)
         order = np.lexsort((-last, times))
-        return _Ranking(copies[order].tolist(), times[order].tolist(), whole)
+        return _Ranking(copies.take(order).tolist(), times.take(order).tolist(), whole)
 
 
 def expected_wait(reuse: Reuse) -> FloatArray:

@@ -59,25 +59,29 @@ class Mixed(Policy):
         self._context = context
         self._ranked = Ranked(context, self._priority)
         self._held: set[int] = set()
-        self._recent, self._uses, self._high_uses = (np.zeros(context.total) for _ in range(3))
+        #: Uses and full-precision uses of each expert in the sequence, and its three first terms
+        #: (times T), at full and at low precision.
+        self._uses, self._high_uses = [0] * context.total, [0] * context.total
+        self._terms = np.zeros(2 * context.total)
+        experts = np.arange(2 * context.total) % context.total
+        self._layer_of = experts // context.experts
+        #: The last term by the present layer and an expert's.
+        layers = np.arange(context.layers)
+        distance = (layers - layers[:, None]) % context.layers
+        self._nearness = self.w_fld * (1 - distance / context.layers)
         self._token = 1
         self._layer = 0
         self._sequences: frozenset[int] = frozenset()
         self._locked: dict[int, int] = {}
         self._now = -1
+        self._weights: FloatArray | None = None
         self._usual = np.full(context.top_k, 1.0 / context.top_k)
         self._expected = [HIGH] * context.top_k
 
     def _priority(self, copies: IntArray) -> FloatArray:
-        experts = copies % self._context.total
-        layers = self._context.layers
-        distance = (experts // self._context.experts - self._layer + layers) % layers
-        terms = (
-            self.w_lru * self._recent[experts]
-            + self.w_lfu * self._uses[experts]
-            + self.w_lhu * self._high_uses[experts]
-        )
-        priority: FloatArray = terms / self._token + self.w_fld * (1 - distance / layers)
+        terms = self._terms.take(copies) / self._token
+        nearness = self._nearness[self._layer].take(self._layer_of.take(copies))
+        priority: FloatArray = terms + nearness
         return priority
 
     def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
@@ -85,8 +89,9 @@ class Mixed(Policy):
         ids = step.sequence_ids
         sequences = frozenset(ids.tolist()) if ids is not None else frozenset()
         if not sequences <= self._sequences:
-            for counts in (self._recent, self._uses, self._high_uses):
-                counts[:] = 0
+            for counts in (self._uses, self._high_uses):
+                counts[:] = [0] * len(counts)
+            self._terms.fill(0.0)
             self._token = 0
         self._sequences = sequences
         self._token += 1
@@ -96,39 +101,61 @@ class Mixed(Policy):
         self._now, self._layer = routing.event, routing.layer
         self._ranked.stale()
         self._asked = self._precisions(routing)
-        self._recent[routing.experts] = self._token
-        self._uses[routing.experts] += 1
-        self._high_uses[[e for e, p in self._asked.items() if p == HIGH]] += 1
+        self._count(self._asked)
         for copy in [c for c, event in self._locked.items() if event <= routing.event]:
             del self._locked[copy]
+
+    def _count(self, asked: Mapping[int, int]) -> None:
+        """Note a use of each expert, at the precision *asked* of it."""
+        terms, uses, high_uses, total = (
+            self._terms,
+            self._uses,
+            self._high_uses,
+            self._context.total,
+        )
+        recent = self.w_lru * self._token
+        for expert, precision in asked.items():
+            uses[expert] += 1
+            high_uses[expert] += precision == HIGH
+            term = recent + self.w_lfu * uses[expert] + self.w_lhu * high_uses[expert]
+            terms[expert] = terms[expert + total] = term
 
     def _precisions(self, routing: Routing) -> dict[int, int]:
         """The precision each expert of the demand is asked for, by the most demanding token."""
         weights = routing.token_weights
         if weights is None:
             return dict.fromkeys(routing.experts, HIGH)
-        asked = self._levels(np.asarray(weights, dtype=np.float64))
-        self._expect(np.asarray(weights, dtype=np.float64))
-        best = np.zeros(self._context.experts, dtype=np.int64)
-        np.maximum.at(best, routing.token_experts.reshape(-1), asked.reshape(-1))
+        self._weights = weights = np.asarray(weights, dtype=np.float64)
         base = routing.layer * self._context.experts
-        return {expert: int(best[expert - base]) for expert in routing.experts}
+        asked: dict[int, int] = dict.fromkeys(routing.experts, SKIP)
+        for ids, levels in zip(routing.token_experts.tolist(), self._levels(weights), strict=True):
+            for id, level in zip(ids, levels, strict=True):
+                if level > asked[base + id]:
+                    asked[base + id] = level
+        return asked
 
     def _expect(self, weights: FloatArray) -> None:
         """What a gate's ranks usually weigh says at which precision to fetch the predicted."""
-        mean = weights.mean(axis=0)
-        self._usual += 0.05 * (mean / max(mean.sum(), 1e-30) - self._usual)
-        self._expected = self._levels(self._usual[None])[0].tolist()
+        mean = np.add.reduce(weights, axis=0) / len(weights)
+        self._usual += 0.05 * (mean / max(np.add.reduce(mean), 1e-30) - self._usual)
+        self._expected = self._levels(self._usual[None])[0]
 
-    def _levels(self, weights: FloatArray) -> IntArray:
+    def _levels(self, weights: FloatArray) -> list[list[int]]:
         """SKIP, LOW or HIGH for *weights* [T, k], each row falling."""
-        total = np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
-        before = (np.cumsum(weights, axis=1) - weights) / total
-        levels: IntArray = (before <= self.t1).astype(np.int64) + (before <= self.t2)
-        levels[:, 0] = HIGH
-        if not self._context.low_slots:
-            levels[levels == LOW] = HIGH
-        return levels
+        t1, t2 = self.t1, self.t2
+        low = LOW if self._context.low_slots else HIGH
+        found = []
+        totals = np.add.reduce(weights, axis=1).tolist()
+        for row, total in zip(weights.tolist(), totals, strict=True):
+            levels, passed = [], 0.0
+            total = max(total, 1e-30)
+            for weight in row:
+                passed += weight
+                before = (passed - weight) / total
+                levels.append(HIGH if before <= t1 else low if before <= t2 else SKIP)
+            levels[0] = HIGH
+            found.append(levels)
+        return found
 
     def serve(self, routing: Routing, missed: Sequence[int]) -> Mapping[int, Service | Substitute]:
         services = {LOW: Service.LOW, SKIP: Service.SKIP}
@@ -145,6 +172,8 @@ class Mixed(Policy):
         self._locked.pop(copy, None)
 
     def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
+        if self._weights is not None:
+            self._expect(self._weights)
         return self._wanted(forecast)
 
     def _wanted(self, forecast: Forecast) -> Iterator[int]:

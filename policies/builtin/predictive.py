@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import filterfalse
 from typing import ClassVar
 
 from policies.base import Context, Forecast, Policy, StepForecast
@@ -225,13 +226,7 @@ class Predictive(Policy):
         return self._least_recent(incoming)
 
     def _least_recent(self, incoming: int) -> Iterator[int]:
-        due = self._due
-        foreseen = []
-        for copy in self._recency.order(incoming):
-            if copy in due:
-                foreseen.append(copy)
-            else:
-                yield copy
+        due, order = self._due, self._recency.order(incoming)
+        yield from filterfalse(due.__contains__, order)
         if incoming not in self._fetched:
-            foreseen.sort(key=due.__getitem__, reverse=True)
-            yield from foreseen
+            yield from sorted(filter(due.__contains__, order), key=due.__getitem__, reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,9 +37,11 @@ class Ahead(Forecaster):
         self._width = max(1, round(self.width * context.top_k))
         ranks = np.arange(4096)
         start = self.prior * 0.5 ** (ranks / context.top_k)
-        self._right = np.tile(start * 8.0, (4, 1))
-        self._seen = np.full((4, len(ranks)), 8.0)
-        self._open: deque[tuple[int, int, IntArray]] = deque()
+        #: How often a guess of a distance and rank was right, and was made. Lists: in events of
+        #: a few tokens an array takes longer to be called than to be worked on.
+        self._right: list[list[float]] = [(start * 8.0).tolist() for _ in range(4)]
+        self._seen = [[8.0] * len(ranks) for _ in range(4)]
+        self._open: deque[tuple[int, int, list[list[int]]]] = deque()
 
     def on_route(self, routing: Routing) -> Forecast:
         self._count(routing)
@@ -47,33 +50,44 @@ class Ahead(Forecaster):
         forecast = []
         for distance, guess in enumerate(routing.ahead, start=1):
             guess = guess[:, : self._width]
-            self._open.append((routing.event + distance, distance, guess))
-            forecast.append(self._predict(routing.layer + distance, distance, guess))
+            rows = guess.tolist()
+            self._open.append((routing.event + distance, distance, rows))
+            base = (routing.layer + distance) * self._context.experts
+            counted = zip(self._right[distance], self._seen[distance], rows[0], strict=False)
+            worth = [right / seen for right, seen, _ in counted]
+            if len(rows) == 1:
+                forecast.append(Prediction(distance, [base + id for id in rows[0]], worth))
+            else:
+                forecast.append(self._of_several(base, distance, guess, worth))
         return forecast
 
     def _count(self, routing: Routing) -> None:
         """Compare what was guessed for this event with what its gate chose."""
-        still: deque[tuple[int, int, IntArray]] = deque()
-        chosen = routing.token_experts if self._open else None
-        for event, distance, guess in self._open:
+        still: deque[tuple[int, int, list[list[int]]]] = deque()
+        tokens = routing.step.size
+        chosen: list[frozenset[int]] = []
+        if self._open and tokens <= MAX_TOKENS:
+            chosen = list(map(frozenset, routing.token_experts.tolist()))
+        for event, distance, rows in self._open:
             if event > routing.event:
-                still.append((event, distance, guess))
-            elif event == routing.event and chosen is not None and len(guess) == len(chosen):
-                right = (guess[:, :, None] == chosen[:, None, :]).any(axis=2)
-                self._right[distance, : guess.shape[1]] += right.sum(axis=0)
-                self._seen[distance, : guess.shape[1]] += len(guess)
+                still.append((event, distance, rows))
+            elif event == routing.event and len(rows) == len(chosen):
+                right, seen, width = self._right[distance], self._seen[distance], len(rows[0])
+                seen[:width] = [count + tokens for count in seen[:width]]
+                counts = right[:width]
+                for guesses, ids in zip(rows, chosen, strict=True):
+                    counts = [n + (id in ids) for n, id in zip(counts, guesses, strict=True)]
+                right[:width] = counts
         self._open = still
 
-    def _predict(self, layer: int, distance: int, guess: IntArray) -> Prediction:
-        width = guess.shape[1]
-        worth = self._right[distance, :width] / self._seen[distance, :width]
-        base = layer * self._context.experts
-        if len(guess) == 1:
-            return Prediction(distance, (guess[0] + base).tolist(), worth.tolist())
-        none = np.zeros(self._context.experts)
+    def _of_several(
+        self, base: int, distance: int, guess: IntArray, worth: Sequence[float]
+    ) -> Prediction:
+        """What *guess* [T, m] says of an event of several tokens, each rank being *worth* that."""
+        missing = np.log1p(-np.minimum(worth, 0.999))
         known = guess >= 0
-        chances = np.minimum(np.broadcast_to(worth, guess.shape)[known], 0.999)
-        np.add.at(none, guess[known], np.log1p(-chances))
-        best = np.argsort(none, kind="stable")
-        best = best[none[best] < 0]
-        return Prediction(distance, (best + base).tolist(), (1 - np.exp(none[best])).tolist())
+        ids, ranks = guess[known], known.nonzero()[1]
+        # Summed in the order of the tokens.
+        none = np.bincount(ids, missing.take(ranks), self._context.experts)
+        best = none.argsort(kind="stable")[: np.count_nonzero(none)]
+        return Prediction(distance, (best + base).tolist(), (1 - np.exp(none.take(best))).tolist())
