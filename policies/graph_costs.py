@@ -130,6 +130,8 @@ class GraphCosts:
     ) -> None:
         self.profile, self.model, self.cache_tokens = profile, model, cache_tokens
         self.launch_s = profile.host.graph_launch_s
+        #: Host time from the end of an event's work until it can read the next answer.
+        self.return_s = profile.host.return_s
         self._change_s = profile.host.table_update_s
         self._rewrite_s = profile.host.table_rewrite_s or math.inf
         self._cold_share = profile.host.cold_share

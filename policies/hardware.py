@@ -134,6 +134,7 @@ class Host:
     policy takes the place of the figure for all. Prefetches are decided on when an event has
     been launched: what that takes however many they are is *policy_foresee_event_s*, and
     *policy_foresee_access_s* for each distinct expert; none for a policy that they do not name.
+    From there, and from issuing them, it is *return_s* until the host can read the next answer.
 
     A host that has waited w seconds for a graph's answer finds less of what it needs in its
     caches: the first *cold_most_s* of what it then plans, and of what it issues, take
@@ -153,6 +154,7 @@ class Host:
     move_s: float = field(default=0.0, metadata={"least": 0})
     prefetch_s: float = field(default=0.0, metadata={"least": 0})
     miss_s: float = field(default=0.0, metadata={"least": 0})
+    return_s: float = field(default=0.0, metadata={"least": 0})
     cold_share: float = field(default=0.0, metadata={"least": 0})
     cold_after_s: float = 1e-4
     cold_most_s: float = 1.0

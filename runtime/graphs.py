@@ -278,6 +278,7 @@ class Chain:
         for name, value in kwargs.items():
             _refresh(self._inputs[name], value)
         self._segments[0].replay()
+        self._hook.expect_answer()
         for layer, gate in enumerate(self._gates):
             self._hook.await_answer()
             self._event(layer, gate)
@@ -305,6 +306,8 @@ class Chain:
         else:
             self._apart(layer, gate, routing, plan, late)
         self._segments[layer + 1].replay()
+        if layer + 1 < len(self._gates):
+            self._hook.expect_answer()
         engine.note()
         engine.after(plan, late)
 

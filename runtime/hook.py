@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from policies.routing import Routing, Step
 from runtime.engine import Engine
 from runtime.families import Gate
+from runtime.lanes import Mark
 from runtime.maths import CpuExperts, Maths
 from runtime.steps import Answer
 
@@ -141,6 +142,8 @@ class Hook:
         #: Set by whoever runs the step, before the model does.
         self.step: Step | None = None
         self.steps: Steps | None = None
+        #: The mark behind an answer that is on its way, and whether nobody else reads it.
+        self._expected: tuple[Mark, bool] | None = None
         #: Takes the calls while a graph is captured, or while experts are left out.
         self.capturing: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
 
@@ -181,18 +184,29 @@ class Hook:
             raise RuntimeError("an experts module was called outside of the model's forward")
         return self.steps.route(self.step, layer, answer, self.engine.events)
 
+    def expect_answer(self) -> None:
+        """What was launched ends with an answer: mark it before the host turns to other work.
+
+        A host that comes back late finds the mark passed, and need not ask the device.
+        """
+        engine = self.engine
+        noted = engine.watch.split("attention")
+        self._expected = (noted or engine.lanes.mark()), noted is None
+
     def await_answer(self) -> None:
         """Wait on the host for what was launched, moving the link's queue on meanwhile."""
         engine = self.engine
         lanes, copier = engine.lanes, engine.copier
-        noted = engine.watch.split("attention")
-        mark = noted or lanes.mark()
+        if self._expected is None:
+            self.expect_answer()
+        assert self._expected is not None
+        (mark, own), self._expected = self._expected, None
         if engine.on_wait is not None:
             engine.on_wait()
         passed, poll = lanes.passed, copier.poll
         while not passed(mark):
             if copier.pending:
                 poll()
-        if noted is None:
+        if own:
             lanes.recycle([mark])
         engine.note()

@@ -39,6 +39,7 @@ class GraphSteps:
         world, graph = self._world, self._graph
         env, pending, planner = world.env, world.link.pending, world.planner
         sync_s, event_s, access_s = world.costs.sync_s, world.event_s, world.access_s
+        return_s = graph.return_s
         attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s
         one = graph.expert_s(1) if step.size == 1 else 0.0
         ideal_s = 0.0
@@ -48,9 +49,10 @@ class GraphSteps:
         for layer, experts in enumerate(step.demand):
             gate = world.gpu_free_s + attention
             decide = gate + sync_s
-            cold = graph.cold(decide - world.host_free_s)
-            if world.host_free_s > decide:  # the host still issued prefetches
-                decide = world.host_free_s
+            back = world.host_free_s + return_s
+            cold = graph.cold(decide - back)
+            if back > decide:  # the host still issued prefetches
+                decide = back
             yield env.timeout(decide - env.now)
 
             routing = Routing(step, layer, experts, event)

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +36,8 @@ SPREAD_BYTES, FREE_SHARE = 8 * GIB, 0.25
 QUEUED_BYTES = 512 * MIB
 MOST_QUEUED = 64
 
-#: How often all sizes are measured; the fastest counts.
-PASSES = 2
+#: How often all sizes are measured; the mean counts.
+PASSES = 3
 
 
 class Table(NamedTuple):
@@ -89,11 +89,16 @@ def _table(
 ) -> Table:
     passes = [_pass(bench, sizes, target, source) for _ in range(PASSES)]
     advance()
-    # A neighbour on the link stays for longer than one measurement.
-    isolated, queued = (list(map(min, *of_kind)) for of_kind in zip(*passes, strict=True))
+    # A neighbour on the link stays for longer than one measurement; runs meet it as often.
+    isolated, queued = (_mean_of(of_kind) for of_kind in zip(*passes, strict=True))
     isolated = [significant(s, 6) for s in rising(isolated)]
     queued = [significant(s, 6) for s in rising(queued_within(rising(queued), isolated))]
     return Table(list(sizes), isolated, queued_within(queued, isolated))
+
+
+def _mean_of(passes: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of each size over *passes*."""
+    return [statistics.fmean(seconds) for seconds in zip(*passes, strict=True)]
 
 
 def _pass(

@@ -33,6 +33,9 @@ COLD_AFTER_S = 1e-4
 COLD_SHARES = tuple(i / 20 for i in range(31))
 COLD_MOST_S = (2e-5, 4e-5, 8e-5, 1.6e-4, 1.0)
 
+#: A host is late for an answer if it was busy for so many times as long as a layer takes.
+LATE = 1.0
+
 #: Rounds in which the time of a warm host and how much longer a cold one takes are settled.
 ROUNDS = 4
 
@@ -121,6 +124,7 @@ class HostCosts(NamedTuple):
     *planning* by policy; then *launching_s* once, *issue_s* per demanded copy and *change_s*
     per entry of the table. The launch itself is not in them. *missed* is the median miss of
     the second part as a share of it. These are a warm host's; *cold* says what a wait adds.
+    *return_s* passes from the end of an event's work until the host can read the next answer.
     """
 
     planning: dict[str, Planning]
@@ -129,6 +133,7 @@ class HostCosts(NamedTuple):
     change_s: float
     missed: float
     cold: Cold = Cold()
+    return_s: float = 0.0
 
 
 def capped(changes: int) -> int:
@@ -150,7 +155,25 @@ def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
     launching_s, issue_s, change_s = found.tolist()
     missed = float(np.median(off / np.maximum(launched.seconds, 1e-7)))
     planning = {name: _planning(kinds, ahead[name], cold) for name, kinds in thought.items()}
-    return HostCosts(planning, launching_s, issue_s, change_s, missed, cold)
+    back_s = fit_return(runs, issue_s)
+    return HostCosts(planning, launching_s, issue_s, change_s, missed, cold, back_s)
+
+
+def fit_return(runs: Sequence[TimedRun], issue_s: float) -> float:
+    """Median seconds from prefetches decided on to the next answer, less *issue_s* for each.
+
+    From events whose answer was there before: the host was late. Nothing if there are none.
+    A few waited for large copies besides.
+    """
+    found = []
+    for run in runs:
+        late_s = LATE * layer_s(run)
+        for counts, times in zip(run.counts, run.times.tolist(), strict=True):
+            for one, now, after in zip(counts, times, times[1:], strict=False):
+                busy_s = now[FETCHED] - now[LAUNCHED] + issue_s * one.prefetch
+                if one.prefetch and not (one.demand or one.apart) and busy_s > late_s:
+                    found.append(after[ANSWERED] - now[FETCHED] - issue_s * one.prefetch)
+    return max(statistics.median(found), 0.0) if found else 0.0
 
 
 def _policies_of(runs: Sequence[TimedRun]) -> list[str]:

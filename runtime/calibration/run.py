@@ -254,6 +254,7 @@ def _captured(found: Measured) -> dict[str, Any]:
         "table_update_s": significant(runs.host.change_s),
         "table_rewrite_s": significant(capped(RING) * runs.host.change_s),
         "miss_s": significant(runs.misses.start_s),
+        "return_s": significant(runs.host.return_s),
         "cold_share": runs.host.cold.share,
         "cold_after_s": COLD_AFTER_S,
         "cold_most_s": runs.host.cold.most_s,
@@ -375,6 +376,7 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
             "from answer to plan in whole runs of made-up models; event, experts and moves fitted "
             f"to means{missed}"
         ),
+        "host.return_s": "from prefetches issued to the next answer, of events whose answer waited",
         "host.cold_share": "fitted with policy_event_s to runs with short and with long waits",
         "host.cold_after_s": "the wait from which on cold_share was fitted",
         "host.cold_most_s": "fitted with cold_share, one of few lengths",

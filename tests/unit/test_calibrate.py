@@ -49,6 +49,7 @@ from runtime.calibration.hosts import (  # noqa: E402
     capped,
     fit_host,
     fit_misses,
+    fit_return,
     layer_s,
     quiet_layer_s,
     rest_of_step,
@@ -326,6 +327,24 @@ def test_host_costs_come_back_from_runs_with_pauses():
                 planning.foreseeing_s(one), rel=0.05, abs=1e-9
             )
         assert launching_s(one, found) == pytest.approx(launching_s(one), rel=0.05)
+
+
+def test_what_passes_until_a_late_host_reads_the_answer_comes_back():
+    run = made_up_run("predictive", 1, random.Random(3))
+    for counts, times in zip(run.counts, run.times, strict=True):
+        for layer in range(len(counts)):
+            one = counts[layer] = counts[layer]._replace(demand=0, prefetch=layer % 3)
+            if layer and counts[layer - 1].prefetch:
+                # The event before fetched for longer than a layer takes.
+                before = times[layer - 1]
+                before[3] = before[2] + 2 * LAYER_S
+                times[layer:] += (
+                    before[3] + 1.7e-5 * counts[layer - 1].prefetch + 3e-5 - times[layer, 0]
+                )
+            times[layer, 3] = times[layer, 2]
+            counts[layer] = one._replace(changes=0)
+    assert fit_return([run], 1.7e-5) == pytest.approx(3e-5, rel=1e-6)
+    assert fit_return([made_up_run("lru", 1, random.Random(3))], 1.7e-5) == 0.0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
