@@ -14,7 +14,7 @@ from traces.model import QUANT_GROUP, ModelSpec
 from traces.trace import TokenSequence
 
 #: Low-precision experts are raised to full precision together up to this size, at least one.
-RAISED_BYTES = 2**25
+RAISED_BYTES = 2**24
 
 #: Weights that are made or raised at a time on the way, whole groups; bounds the float32 copies.
 PIECE = QUANT_GROUP * 2**17
