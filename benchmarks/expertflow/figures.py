@@ -15,7 +15,7 @@ from benchmarks.expertflow.tables import is_switch_32, model_of, told_by_predict
 from reports.figures.style import INK, legend_below, line_style, new_figure, styled
 
 #: Colours of bars that mean the same in every figure.
-PAPER_LRU, PAPER, LRU, LAYERED, OURS, REUSE = (
+PAPER_LRU, PAPER, LRU, LAYERED, OURS, OURS_LAYERED = (
     "#d9d9d9", "#8a8a8a", "#9cc3e0", "#2c6fa6", "#c2452d", "#12263f",
 )  # fmt: skip
 
@@ -172,13 +172,17 @@ def speed_bars(rows: Sequence[speeds.Row]) -> Figure:
                 "LRU": ([r.lru / r.on_demand for r in here], LRU),
                 "LRU by layer": ([(r.lru_layer or 0.0) / r.on_demand for r in here], LAYERED),
                 "predictive": ([r.predictive / r.on_demand for r in here], OURS),
+                "predictive by layer": (
+                    [(r.predictive_layer or 0.0) / r.on_demand for r in here],
+                    OURS_LAYERED,
+                ),
             }
             bars(axes, groups, series)
             axes.axhline(1, color=INK, lw=0.8)
             axes.set_title(f"{model}, {machine}", fontsize=10)
             if not j:
                 axes.set_ylabel("times the speed\nof load on demand")
-    legend_below(figure, panels[0][0], 3)
+    legend_below(figure, panels[0][0], 4)
     return figure
 
 
@@ -210,7 +214,7 @@ def scheduler_gain(rows: Sequence[scheduling.Row]) -> Figure:
         pool = ", slots divided by layer" if scheduling.POLICIES[policy] == "layer" else ""
         axes.set_title(f"{policy}{pool}, batch {here[0].batch}, {here[0].hardware}")
         axes.set_ylabel("gain in tokens/s (%)")
-    legend_below(figure, panels[0], 4)
+    legend_below(figure, panels[0], 3)
     return figure
 
 

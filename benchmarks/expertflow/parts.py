@@ -95,8 +95,8 @@ def _hits(inputs: Inputs) -> Iterator[Any]:
 
 def _speeds(inputs: Inputs) -> Iterator[Any]:
     for name, sizes in SPEEDS:
-        yield from speeds.rows(inputs.sample(name, sizes), others=("ahead", "markov"))
-    yield from speeds.rows(inputs.switch(128, SWITCH_SEQUENCES), others=("markov",))
+        yield from speeds.rows(inputs.sample(name, sizes))
+    yield from speeds.rows(inputs.switch(128, SWITCH_SEQUENCES))
 
 
 def _scheduling(inputs: Inputs) -> Iterator[Any]:

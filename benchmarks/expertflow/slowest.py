@@ -21,7 +21,7 @@ class Pair(NamedTuple):
 
 
 def pairs(folder: Path) -> list[Pair]:
-    """Every comparison with one pool for all layers that *folder* has, the slowest first."""
+    """Every comparison in the same kind of pools that *folder* has, the slowest first."""
     found = []
     for part in ("gaps-coarse", "gaps-granular", "gaps-gpt-oss"):
         for row in parts.read_rows(folder, part, expertflow_gaps.Row):
@@ -31,6 +31,10 @@ def pairs(folder: Path) -> list[Pair]:
     for row in parts.read_rows(folder, "speeds", speeds.Row):
         words = f"{row.hardware}, B {row.batch}, {row.slots} slots, {row.forecaster}, reuse"
         found.append(Pair(row.vs_lru, f"{row.trace}, {row.sizes}, {words}"))
+        if row.vs_lru_layer is not None:
+            found.append(
+                Pair(row.vs_lru_layer, f"{row.trace}, {row.sizes}, {words}, pools by layer")
+            )
     return sorted(found)
 
 

@@ -1,8 +1,9 @@
 """Speed over load on demand and over LRU, with the GPU memory that is saved.
 
 Load on demand is LRU with one slot for each expert that a layer can demand: next to nothing is
-found again. LRU is given twice, in one pool over all layers and, as the paper's baseline has it,
-in a pool for each layer. Tokens per second are of decode steps; *vs_lru* is of whole runs, as
+found again. LRU and ``predictive`` run twice, in one pool over all layers and, as the paper's
+baseline has it, in a pool for each layer. Tokens per second are of decode steps; *vs_lru* and
+*vs_lru_layer*, of which the latter compares both in pools by layer, are of whole runs, as
 everywhere where it is checked that ``predictive`` is not slower.
 """
 
@@ -48,7 +49,9 @@ class Row:
     lru: float
     lru_layer: float | None
     predictive: float
+    predictive_layer: float | None
     vs_lru: float
+    vs_lru_layer: float | None
     held: float
     hit: float
     link: float
@@ -86,6 +89,7 @@ def _budget(
         layered = cell.run("lru", budget, pool="layer")
     for forecaster in (*forecasters_of(cell.source, PAPERS_ORACLE), *others):
         found = cell.run("predictive", budget, forecaster)
+        beside = layered and cell.run("predictive", budget, forecaster, pool="layer")
         memory = found.memory
         yield Row(
             trace=name_of(cell.source),
@@ -103,7 +107,11 @@ def _budget(
             lru=lru.time["tokens_per_s"],
             lru_layer=layered.time["tokens_per_s"] if layered else None,
             predictive=found.time["tokens_per_s"],
+            predictive_layer=beside.time["tokens_per_s"] if beside else None,
             vs_lru=lru.time["total_s"] / found.time["total_s"],
+            vs_lru_layer=layered.time["total_s"] / beside.time["total_s"]
+            if layered and beside
+            else None,
             held=found.held_ratio,
             hit=found.hit_ratio,
             link=found.link["utilisation"],

@@ -75,20 +75,37 @@ def model_of(row: speeds.Row) -> str:
     return row.sizes + ("" if row.trace == row.sizes else f" ({row.trace})")
 
 
+def best(row: speeds.Row) -> float:
+    """The speed of ``predictive`` in the better kind of pool."""
+    return max(row.predictive, row.predictive_layer or 0.0)
+
+
+def best_lru(row: speeds.Row) -> float:
+    """The same of ``lru``."""
+    return max(row.lru, row.lru_layer or 0.0)
+
+
 def speed_table(rows: Sequence[speeds.Row]) -> list[str]:
-    """Tokens per second at shares of the experts, with the two ratios."""
+    """Tokens per second at shares of the experts, with the ratios of the better kinds of pools."""
     shown = [row for row in told_by_predictor(rows) if row.cache != speeds.SAVING]
     caches = list(dict.fromkeys(row.cache for row in shown))
     head = ["sizes (routing)", "machine", "B", "on demand"]
     for cache in caches:
         share = cache.replace("%", " %")
-        head += [f"{share}: LRU", "LRU by layer", "predictive", "over demand", "over LRU"]
+        head += [
+            f"{share}: LRU",
+            "LRU by layer",
+            "predictive",
+            "by layer",
+            "over demand",
+            "over LRU",
+        ]
     lines: dict[tuple[str, str, int], list[str]] = {}
     for row in shown:
         key = (model_of(row), row.hardware, row.batch)
         line = lines.setdefault(key, [*map(str, key), speed(row.on_demand)])
-        line += [speed(row.lru), speed(row.lru_layer), f"**{speed(row.predictive)}**"]
-        line += [f"{row.predictive / x:.2f}x" for x in (row.on_demand, row.lru)]
+        line += map(speed, (row.lru, row.lru_layer, row.predictive, row.predictive_layer))
+        line += [f"{best(row) / x:.2f}x" for x in (row.on_demand, best_lru(row))]
     return markdown(head, list(lines.values()))
 
 

@@ -94,6 +94,8 @@ def test_speeds_have_a_floor_and_a_saving(source: Source) -> None:
     assert row.on_demand <= row.lru < row.predictive
     assert row.floor_saving > row.saving > 0
     assert row.lru_layer is not None
+    assert row.vs_lru_layer is not None
+    assert row.vs_lru_layer > 1
     assert 0 < row.limit <= 1
 
 
