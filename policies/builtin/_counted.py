@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from policies.base import Context
 from policies.orders import Pools
@@ -116,3 +116,61 @@ class Duel:
         if len(self._first) == self.MOST:
             self._rival.clear()
             self._first.clear()
+
+
+class Displaced:
+    """What prefetches won: those that came true, less misses of what they had displaced.
+
+    A victim counts if it is missed no later than the event that what displaced it was fetched for;
+    after that it would have gone for that event's demand anyway. Both counts fade, step by step,
+    towards *PRIOR* of each, so that what was held back is tried again.
+    """
+
+    PRIOR = 8.0
+    FADE = 0.005
+    #: How fast the mean of misses follows, a share for each event.
+    RATE = 0.02
+
+    def __init__(self, context: Context) -> None:
+        self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
+        self._made = self._won = self.PRIOR
+        self._missed = 0.0
+        self._until: dict[int, int] = {}
+        self._victim = -1
+
+    @property
+    def wasted(self) -> float:
+        """Share of prefetches that won nothing, where demand alone keeps the link busy; else 0."""
+        if self._missed * self._transfer_s <= self._layer_s:
+            return 0.0
+        return 1.0 - min(1.0, max(0.0, self._won / self._made))
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._made += self.FADE * (self.PRIOR - self._made)
+        self._won += self.FADE * (self.PRIOR - self._won)
+
+    def use(self, event: int, missed: Iterable[int], count: int) -> None:
+        """*event* missed *count* experts, *missed*."""
+        self._missed += self.RATE * (count - self._missed)
+        until = self._until
+        if until:
+            for expert in missed:
+                if until.pop(expert, -1) >= event:
+                    self._won -= 1.0
+
+    def win(self) -> None:
+        """An event uses what was fetched for it."""
+        self._won += 1.0
+
+    def evict(self, copy: int) -> None:
+        """*copy* goes for what is placed next."""
+        self._victim = copy
+
+    def load(self, event: int = -1) -> None:
+        """A copy is placed; one that is fetched ahead, for *event*."""
+        if event >= 0:
+            self._made += 1.0
+            if self._victim >= 0:
+                self._until[self._victim] = event
+        self._victim = -1

@@ -8,7 +8,7 @@ from itertools import filterfalse
 from typing import ClassVar
 
 from policies.base import Context, Forecast, Policy, StepForecast
-from policies.builtin._counted import BesideLru, Duel
+from policies.builtin._counted import BesideLru, Displaced, Duel
 from policies.builtin._next_use import NextUse
 from policies.future import NEVER
 from policies.orders import recency
@@ -40,7 +40,8 @@ class Predictive(Policy):
     gate. Gain and cost are weighed in seconds, from calibrated constants, the policy's own
     count of what it put on the link, how often events miss, and how many of its earlier
     prefetches came true. Where a layer does not cover a transfer, a prefetch also counts no
-    more than the misses that it avoids, against LRU replayed beside.
+    more than the misses that it avoids, against LRU replayed beside. Where it does, but demand
+    alone keeps the link busy, what prefetches displaced and an event then missed is taken off.
     """
 
     forecasts: ClassVar[bool] = True
@@ -69,6 +70,7 @@ class Predictive(Policy):
         self._promised = self._kept = 8.0
         saturated = context.transfer_s > context.layer_s
         self._beside = BesideLru(context) if saturated else None
+        self._displaced = Displaced(context)
         self._duel = Duel()
         self._pinned: Sequence[int] = ()
         self._now = -1
@@ -84,14 +86,13 @@ class Predictive(Policy):
         experts, due, fetched = routing.experts, self._due, self._fetched
         next_use = self._next_use
         if fetched:
-            for expert in experts:
-                if expert in fetched:
-                    del fetched[expert]
-                    self._kept += 1.0
+            self._came_true(experts)
         missing = not self._held.issuperset(experts)
         self._missing += 0.02 * (missing - self._missing)
+        missed = set(experts) - self._held if missing else ()
+        self._displaced.use(event, missed, len(missed))
         if self._beside is not None:
-            self._beside.use(experts, len(set(experts) - self._held) if missing else 0)
+            self._beside.use(experts, len(missed))
         for expert in self._named.pop(event, ()):
             if due.get(expert) == event:
                 del due[expert]
@@ -106,17 +107,29 @@ class Predictive(Policy):
             self._duel.use(experts)
             next_use.use(event, experts)
 
+    def _came_true(self, experts: Sequence[int]) -> None:
+        """Count those of *experts* that were fetched ahead of this event."""
+        fetched = self._fetched
+        for expert in experts:
+            if expert in fetched:
+                del fetched[expert]
+                self._kept += 1.0
+                if expert in self._held:
+                    self._displaced.win()
+
     def on_load(self, copy: int) -> None:
         self._held.add(copy)
         self._recency.add(copy)
         if self._next_use is not None:
             self._next_use.add(copy)
+        self._displaced.load(self._fetched.get(copy, -1))
         if copy in self._fetched:
             self._lag_s += self._transfer_s
             if self._beside is not None:
                 self._beside.spend()
 
     def on_evict(self, copy: int) -> None:
+        self._displaced.evict(copy)
         if self._next_use is not None:
             if self._duel.due():
                 self._judge(self._next_use, copy)
@@ -139,6 +152,7 @@ class Predictive(Policy):
         ask = forecast.reuse if isinstance(forecast, StepForecast) else None
         if ask is not None and self._next_use is None and self.evict == "reuse":
             self._next_use = NextUse(self._context, self.age, self._held)
+        self._displaced.begin()
         if self._beside is not None:
             self._beside.begin()
         if self._next_use is not None:
@@ -205,12 +219,13 @@ class Predictive(Policy):
         if hidden <= 0.0:
             return 2.0
         spill = min(max(0.0, self._lag_s + transfer - layer), 2.0 * transfer)
-        cost = self.caution * self._missing * spill + self.margin * transfer
-        honest = min(1.0, self._kept / self._promised)
+        wasted = self._displaced.wasted if self._beside is None else 0.0
+        cost = self.caution * self._missing * spill + (self.margin + wasted) * transfer
+        honest = min(1.0 - wasted, self._kept / self._promised)
         if self._beside is not None:
             honest = min(honest, self._beside.worth)
-            if honest <= 0.0:
-                return 2.0
+        if honest <= 0.0:
+            return 2.0
         return cost / (hidden * honest)
 
     def victims(self, incoming: int) -> Iterator[int]:

@@ -7,7 +7,7 @@ import pytest
 
 from policies.base import Context, Forecast, Forecaster, Reuse, StepForecast
 from policies.batching import Batches
-from policies.builtin._counted import BesideLru, Duel
+from policies.builtin._counted import BesideLru, Displaced, Duel
 from policies.builtin._next_use import NextUse, expected_wait
 from policies.future import Future
 from policies.planner import Planner
@@ -265,6 +265,76 @@ def test_prefetches_that_avoid_nothing_lose_their_worth_and_are_tried_again() ->
     for _ in range(2000):
         beside.begin()
     assert beside.worth > 0.9
+
+
+def busy() -> Displaced:
+    """Where every event misses an expert that takes longer than a layer."""
+    displaced = Displaced(Context(2, 4, 1, 2, transfer_s=3e-3, layer_s=1e-3))
+    for event in range(100):
+        displaced.use(event, [7], 1)
+    return displaced
+
+
+@pytest.mark.parametrize(("missed_at", "wasted"), [(103, 1 / 9), (105, 1 / 9), (106, 0.0)])
+def test_a_victim_missed_before_the_event_it_went_for_was_swapped_not_won(
+    missed_at: int, wasted: float
+) -> None:
+    displaced = busy()
+    assert displaced.wasted == 0.0
+    displaced.evict(3)
+    displaced.load(105)
+    displaced.win()
+    displaced.use(missed_at, [3], 1)
+    assert displaced.wasted == pytest.approx(wasted)
+    for _ in range(2000):
+        displaced.begin()
+    assert displaced.wasted < 0.01
+
+
+def test_demand_and_free_slots_displace_nothing() -> None:
+    displaced = busy()
+    displaced.evict(3)
+    displaced.load()
+    displaced.load(105)
+    displaced.win()
+    displaced.use(101, [3], 1)
+    assert displaced.wasted == 0.0
+
+
+def test_what_is_wasted_costs_nothing_on_a_link_with_room() -> None:
+    displaced = busy()
+    displaced.load(105)
+    assert displaced.wasted > 0.1
+    for event in range(200):
+        displaced.use(event, [], 0)
+    assert displaced.wasted == 0.0
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(16, 128), (16, 256), (4, 128)])
+def test_a_busy_link_is_left_to_demand_where_prefetches_swap(
+    batch: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pools by layer hold less than a step of many tokens wants: what comes displaces its peers."""
+    trace = sample("granular-64x8", 16)
+
+    def run() -> Planner:
+        guess = FORECASTERS.build("oracle:accuracy=0.8")
+        context = Context(
+            8, 64, 8, slots, pool="layer", batch=batch, transfer_s=0.27e-3, layer_s=1e-3
+        )
+        planner = Planner(POLICIES.build("predictive:evict=recency"), context, guess)
+        guess.reveal(Future(Batches(trace, batch)).demand())
+        for step in Batches(trace, batch).steps():
+            planner.begin(step)
+            for layer, experts in enumerate(step.demand):
+                planner.plan(Routing(step, layer, experts, step.number * 8 + layer))
+        return planner
+
+    back = run()
+    monkeypatch.setattr(Displaced, "wasted", 0.0)
+    eager = run()
+    assert back.counts["prefetch"] < 0.7 * eager.counts["prefetch"]
+    assert moves(back) < moves(eager)
 
 
 @pytest.fixture
