@@ -81,6 +81,7 @@ def replayed(session: Session, policy: str, cache: str) -> Counted:
             planner.begin(step)
             for layer, experts in enumerate(step.demand):
                 planner.plan(Routing(step, layer, experts, event))
+                planner.prefetch()
                 accesses[at] += len(experts)
                 event += 1
             after = planner.counts

@@ -5,7 +5,8 @@
 #
 # PROFILE is what `simctl calibrate` wrote there, GPT_OSS_TRACE the recorded trace of gpt-oss-20b
 # (`simctl trace import`), OUT the folder for cells.json, reports and timelines. ONLY="olmoe" runs
-# some of the models, RECORD=1 Mixtral-8x7B at all 32 layers as well; cells are merged.
+# some of the models, ATTEMPTS=1 every cell once however disturbed, RECORD=1 Mixtral-8x7B at all 32
+# layers as well; cells are merged.
 set -u
 profile=$1 gptoss=$2 out=$3
 granular=traces/samples/granular-64x8.parquet
@@ -19,7 +20,7 @@ validate() {
     case " ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
     python3 -m simctl validate --hardware "$profile" --device cuda --cells "$out/cells.json" \
         --cache 25% --cache 50% --batch 1 --batch 8 --sequences 8 --max-tokens 24 \
-        --timeline "$out/$name.json.gz" "$@" || failed=1
+        --attempts "${ATTEMPTS:-3}" --timeline "$out/$name.json.gz" "$@" || failed=1
 }
 
 exact="--policy lru --policy lfru --policy predictive"

@@ -107,7 +107,7 @@ def test_a_result_says_what_its_memory_is_made_of() -> None:
     room = session.shape.sequences * session.longest * session.model.kv_bytes_per_token
     assert lru["padding_bytes"] + lru["kv_bytes"] == room
     assert predicted_bytes(lru) == sum(int(lru[name]) for name in PREDICTED)
-    assert mixed["activations_bytes"] > lru["activations_bytes"]
+    assert mixed["activations_bytes"] >= lru["activations_bytes"]
     assert {**mixed, "activations_bytes": 0} == {**lru, "activations_bytes": 0}
 
 

@@ -328,6 +328,7 @@ def test_a_busy_link_is_left_to_demand_where_prefetches_swap(
             planner.begin(step)
             for layer, experts in enumerate(step.demand):
                 planner.plan(Routing(step, layer, experts, step.number * 8 + layer))
+                planner.prefetch()
         return planner
 
     back = run()
@@ -367,6 +368,7 @@ def slow_link(trace: MemoryTrace, policy: str, forecaster: str) -> Planner:
         planner.begin(step)
         for layer, experts in enumerate(step.demand):
             planner.plan(Routing(step, layer, experts, step.number * 8 + layer))
+            planner.prefetch()
             planner.prefetch()
     return planner
 
