@@ -83,8 +83,9 @@ def _gaps_granular(inputs: Inputs) -> Iterator[Any]:
 
 
 def _gaps_gpt_oss(inputs: Inputs) -> Iterator[Any]:
-    if inputs.gpt_oss is not None:
-        yield from gap_rows(Source(str(inputs.gpt_oss)))
+    if inputs.gpt_oss is None:
+        raise InputError("gaps-gpt-oss: no --gpt-oss, expected a trace of its routing")
+    yield from gap_rows(Source(str(inputs.gpt_oss)))
 
 
 def _hits(inputs: Inputs) -> Iterator[Any]:

@@ -336,6 +336,7 @@ def test_samples_and_drawn_traces_are_found(tmp_path: Path) -> None:
         (["--only", "speed", "--forecasts", "."], "--only 'speed', expected any of recall"),
         ([], "no --forecasts"),
         (["--forecasts", "nowhere"], "nowhere/coarse-8x2.npz: not there"),
+        (["--forecasts", ".", "--only", "gaps-gpt-oss"], "gaps-gpt-oss: no --gpt-oss"),
         (["--forecasts", ".", "--taught", "x=y"], "--taught 'x=y', expected SAMPLE=TRACE"),
         (["--render", "--page", "nowhere.md"], "nowhere.md: No such file"),
     ],
