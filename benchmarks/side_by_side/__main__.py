@@ -32,13 +32,18 @@ from traces.errors import InputError
 _PACKAGES = ("torch", "transformers", "accelerate", "moe-policylang", "triton", "numpy")
 
 
+def _listed(names: Sequence[str]) -> str:
+    """*names* as argparse wants them in a help text, where % begins a value."""
+    return ",".join(names).replace("%", "%%")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.side_by_side", description=__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write the result here, row by row")
     add("--render", type=Path, metavar="FILE", help="run nothing: make the table of this JSON")
     add("--into", type=Path, metavar="PAGE", help="put the table between the marks of this page")
-    add("--systems", metavar="NAMES", help="separated by commas; default: " + ",".join(SYSTEMS))
+    add("--systems", metavar="NAMES", help=f"separated by commas; default: {_listed(SYSTEMS)}")
     add("--also", metavar="NAMES", help="more than the default, say transformers:grouped_mm")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     smaller = parser.add_mutually_exclusive_group().add_argument

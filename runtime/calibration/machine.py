@@ -48,7 +48,8 @@ def measurement(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         driver = f"{gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}"
     return {
-        "machine": f"{facts['cores']} cores of {processor()}, {memory:.0f} GiB of host memory",
+        # Not those that this thread may use now: it keeps to one while it measures.
+        "machine": f"{os.cpu_count()} cores of {processor()}, {memory:.0f} GiB of host memory",
         "driver": driver,
         "software": (
             f"Python {facts['python']}, torch {torch.__version__}, "

@@ -243,38 +243,44 @@ def test_figures_are_drawn_of_what_is_there(tmp_path: Path, text: str | None) ->
 MEASURED = {
     "machine": "a card",
     "date": "2026-11-27",
-    "rows": [
-        {
-            "sizes": "mixtral-8x7b", "routing": "coarse-8x2", "policy": "predictive",
-            "forecaster": "routing-path", "batch": 1, "cache": "25%", "tokens_per_s": 30.0,
-            "gpu_peak_bytes": 4e9, "full_bytes": 16e9, "simulated_tokens_per_s": 25.0,
-            "predictor_share": 0.03,
-        },
-        {"sizes": "x", "policy": "lru", "batch": 4, "cache": "50%", "tokens_per_s": 120,
-         "gpu_peak_bytes": 1},
-    ],
+    "parts": {
+        "speed": [
+            {
+                "sizes": "mixtral-8x7b", "routing": "coarse-8x2", "policy": "predictive",
+                "batch": 1, "cache": "25%", "tokens_per_s_gpu": 30.0, "tokens_per_s_sim": 25.0,
+                "over_lru_gpu": 1.25,
+            },
+            {"sizes": "x", "policy": "lru", "batch": 4, "cache": "50%", "skipped": "no time left"},
+        ],
+        "predictor": [
+            {"model": "tiny", "policy": "predictive", "told": "routing-path", "batch": 1,
+             "predictor_share": 0.031, "host_us": 120.4, "pass_us": 4000.0},
+        ],
+    },
 }  # fmt: skip
 
 
 def test_what_a_gpu_measured_is_shown_where_it_is_there(tmp_path: Path) -> None:
     assert gpu.table(tmp_path) == [gpu.ABSENT]
     (tmp_path / "gpu.json").write_text(json.dumps(MEASURED))
-    first, _, _, _, whole, bare = gpu.table(tmp_path)
-    assert first == "Measured: a card; 2026-11-27."
-    assert whole == (
-        "| mixtral-8x7b (coarse-8x2) | predictive (routing-path) | 1 | 25 % | 4.00 GB | 75.0 % | "
-        "30.0 | 25.0 | +20.0 % | 3.0 % |"
+    lines = gpu.table(tmp_path)
+    assert lines[0] == "Measured: a card; 2026-11-27."
+    assert (
+        "| mixtral-8x7b (coarse-8x2) | predictive | 1 | 25 % | 30.0 | 25.0 | 1.25x |  |  |  |"
+        in lines
     )
-    assert bare == "| x | lru | 4 | 50 % | 0.00 GB |  | 120 |  |  |  |"
+    assert "Not measured: 1 of 2 cells (no time left)." in lines
+    assert "| tiny | predictive (routing-path) | 1 |  |  | 3.1 % | 120 |  | 4,000 |  |" in lines
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rows": 3}, "has no list 'rows'"),
+        ({"parts": 3}, "has no object 'parts'"),
         ({"date": None}, "'date' is None, expected text"),
-        ({"rows": [{"sizes": "x"}]}, "row 0: 'policy' is None"),
-        ({"rows": ["x"]}, "row 0: 'sizes' is None"),
+        ({"parts": {"speed": 1}}, "part 'speed' is 1, expected a list of rows"),
+        ({"parts": {"speed": [{"sizes": "x"}]}}, "speed, row 0: 'policy' is None, expected str"),
+        ({"parts": {"memory": ["x"]}}, "memory, row 0: 'policy' is None"),
     ],
 )
 def test_measurements_of_no_use_are_refused(tmp_path: Path, change: dict, words: str) -> None:
