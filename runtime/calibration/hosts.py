@@ -216,7 +216,7 @@ def _planning(kinds: _Kinds, ahead: _Kinds, cold: Cold) -> Planning:
 
 
 class _Kinds(NamedTuple):
-    """Events of one kind each: its numbers, mean seconds and wait, its weight in a fit."""
+    """Events of one kind each: its numbers, mean seconds and wait, the root of how many."""
 
     kinds: list[tuple[int, ...]]
     seconds: Floats
@@ -226,14 +226,17 @@ class _Kinds(NamedTuple):
     def fit(self, cold: Cold, kept: Any = slice(None)) -> tuple[Floats, Floats]:
         """The parts of a warm host's time that explain those *kept*, and what all would take."""
         columns = np.array([(1.0, *map(float, kind)) for kind in self.kinds])
-        longer = np.ones(len(columns))
-        weights = self.weights[kept]
-        for _ in range(ROUNDS if cold.share else 1):
+        longer, told = np.ones(len(columns)), self.seconds
+        for _ in range(ROUNDS):
+            # Relative to what is told, not to what was measured: a kind that happened to be
+            # quick must not weigh more than one that happened to be slow.
+            weights = (self.weights / np.maximum(told, 1e-7))[kept]
             scaled = columns[kept] * (longer[kept] * weights)[:, None]
             found = nonnegative(scaled, self.seconds[kept] * weights)
             warm = np.maximum(columns @ found, 1e-9)
             longer = cold.seconds(warm, self.waits_s) / warm
-        return found, warm * longer
+            told = warm * longer
+        return found, told
 
 
 def _means(
@@ -245,7 +248,7 @@ def _means(
     """Means of the stretch from *begin* to *end*, by kind and by how long the host waited before.
 
     Events computed apart are left out, and those of the first layer, whose wait is not known.
-    A kind weighs as the root of its events, and relative to its length.
+    A kind weighs as the root of its events, and, in a fit, relative to its length.
     """
     groups: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for run in runs:
@@ -260,7 +263,7 @@ def _means(
     waits_s = np.array([statistics.fmean(w for _, w in found) for found in groups.values()])
     weights = np.sqrt([float(len(found)) for found in groups.values()])
     kinds = [kind[:-1] for kind in groups]
-    return _Kinds(kinds, seconds, waits_s, weights / np.maximum(seconds, 1e-7))
+    return _Kinds(kinds, seconds, waits_s, weights)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -272,7 +275,7 @@ def _mean(values: Sequence[float]) -> float:
 def _missed(kinds: _Kinds, cold: Cold) -> float:
     """The squares that a fit of *kinds* misses if waits cost what *cold* says."""
     _, told = kinds.fit(cold)
-    return float((((told - kinds.seconds) * kinds.weights) ** 2).sum())
+    return float((((told / np.maximum(kinds.seconds, 1e-7) - 1) * kinds.weights) ** 2).sum())
 
 
 def _robust(kinds: _Kinds, cold: Cold) -> tuple[Floats, Floats]:
