@@ -190,9 +190,8 @@ def _cell(model: Generating, policy: str, forecaster: str | None, batch: int) ->
 
 def _spent(costs: dict[str, Any], done: Done) -> Row:
     """The predictor's share of decoding, and what a step of it takes."""
-    spent = costs["decode"]
+    spent, share = costs["decode"], _share(costs["decode"])
     taken, passes = spent["host_s"] + spent["wait_s"], max(spent["passes"], 1)
-    share = taken / spent["pass_s"] if spent["pass_s"] else None
     return {
         "predictor_share": share,
         "predictor_share_of_time": taken / done.results[1].time["decode_s"],
@@ -201,13 +200,14 @@ def _spent(costs: dict[str, Any], done: Done) -> Row:
         "wait_us": 1e6 * spent["wait_s"] / passes,
         "stream_us": 1e6 * spent["stream_s"] / passes,
         "pass_us": 1e6 * spent["pass_s"] / passes,
-        "prompt_share": _prompt_share(costs["prefill"]),
+        "prompt_share": _share(costs["prefill"]),
         "guessed": costs["guessed"],
         "guessed_right": costs["guessed_right"],
         "predictor_bytes": costs["device_bytes"],
     }
 
 
-def _prompt_share(spent: dict[str, Any]) -> float | None:
+def _share(spent: dict[str, Any]) -> float | None:
+    """The predictor's share of the passes of one phase; None if there were none."""
     taken = spent["host_s"] + spent["wait_s"]
     return taken / spent["pass_s"] if spent["pass_s"] else None

@@ -1,11 +1,12 @@
 """What a GPU measured, read from ``gpu.json`` beside the other rows, if it is there.
 
-``benchmarks/expertflow_gpu.py`` writes it: where and when, and rows by part. Of a row *sizes* or
-*model*, *policy* and *batch* must be there; one that failed or was skipped says so instead.
+``benchmarks/expertflow_gpu.py`` writes it: where and when, and rows by part. Of a row *policy*
+and *batch* must be there; one that failed or was skipped says so instead of figures.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,13 +151,17 @@ def table(folder: Path) -> list[str]:
 
 def _part(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
     """One part's table, and below it the rows that are not in it."""
-    shown = [row for row in rows if not (row.get("failed") or row.get("skipped"))]
+    absent = Counter(why for row in rows if (why := _why_absent(row)))
+    shown = [row for row in rows if not _why_absent(row)]
     lines = ["", f"**{title}**"]
     if shown:
         cells = [[column.show(row) for column in columns] for row in shown]
         lines += ["", *markdown([column.head for column in columns], cells)]
-    for why in dict.fromkeys(row.get("failed") or row.get("skipped") for row in rows):
-        if why:
-            count = sum((row.get("failed") or row.get("skipped")) == why for row in rows)
-            lines += ["", f"Not measured: {count} of {len(rows)} cells ({why})."]
+    for why, count in absent.items():
+        lines += ["", f"Not measured: {count} of {len(rows)} cells ({why})."]
     return lines
+
+
+def _why_absent(row: Row) -> str:
+    """Why a cell has no figures; nothing if it has."""
+    return str(row.get("failed") or row.get("skipped") or "")
