@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from policies.base import Service
 from policies.hardware import ANY_FAMILY, HardwareProfile
@@ -32,6 +33,28 @@ _FAMILY_BY_NAME = (
     ("phi", "phimoe"),
     ("glm", "glm4_moe"),
 )
+
+
+class Cold(NamedTuple):
+    """How a wait slows the host down: its caches go to others.
+
+    The first *most_s* of what it does then take longer by *share* of themselves for each
+    e-fold of the wait beyond *after_s*.
+    """
+
+    share: float = 0.0
+    after_s: float = 1e-4
+    most_s: float = 1.0
+
+    def weight(self, waited_s: float) -> float:
+        """How much longer, as a share, the host takes at first after *waited_s* without work."""
+        if waited_s <= 0.0:
+            return 0.0
+        return self.share * math.log1p(waited_s / self.after_s)
+
+    def longer(self, seconds: float, weight: float) -> float:
+        """What takes *seconds* in warm caches, after a wait of that :meth:`weight`."""
+        return seconds + weight * min(seconds, self.most_s)
 
 
 @dataclass(frozen=True)
@@ -134,9 +157,8 @@ class GraphCosts:
         self.return_s = profile.host.return_s
         self._change_s = profile.host.table_update_s
         self._rewrite_s = profile.host.table_rewrite_s or math.inf
-        self._cold_share = profile.host.cold_share
-        self._cold_after_s = profile.host.cold_after_s
-        self._cold_most_s = profile.host.cold_most_s
+        host = profile.host
+        self.cold = Cold(host.cold_share, host.cold_after_s, host.cold_most_s)
         software, facts = profile.software, facts_of(model)
         self.floor_s = _of_family(software.layer_floor_s, facts.family, 0.0)
         self._several_s = _of_family(software.several_floor_s, facts.family, self.floor_s)
@@ -155,16 +177,6 @@ class GraphCosts:
         self._low_efficiency = profile.expert.low_efficiency.get(str(low_bits), 0.0)
         self._experts: dict[int, float] = {}
         self._lows: dict[int, float] = {}
-
-    def cold(self, waited_s: float) -> float:
-        """How much longer, as a share, the host takes at first after *waited_s* without work."""
-        if waited_s <= 0.0:
-            return 0.0
-        return self._cold_share * math.log1p(waited_s / self._cold_after_s)
-
-    def colder(self, seconds: float, cold: float) -> float:
-        """Host work of *seconds* in warm caches, after a wait that :meth:`cold` weighed."""
-        return seconds + cold * min(seconds, self._cold_most_s)
 
     def table_s(self, changes: int) -> float:
         """Host time to tell the next graph of *changes* of the table of experts."""

@@ -50,7 +50,7 @@ class GraphSteps:
             gate = world.gpu_free_s + attention
             decide = gate + sync_s
             back = world.host_free_s + return_s
-            cold = graph.cold(decide - back)
+            cold = graph.cold.weight(decide - back)
             if back > decide:  # the host still issued prefetches
                 decide = back
             yield env.timeout(decide - env.now)
@@ -62,7 +62,7 @@ class GraphSteps:
             work = len(experts) * one if seconds is None else sum(seconds.values())
             ideal_s += work
             if plan is NOTHING and not pending and not self._untold.count:
-                thinking = graph.colder(event_s + access_s * len(experts), cold)
+                thinking = graph.cold.longer(event_s + access_s * len(experts), cold)
                 start = decide + thinking + graph.launch_s
                 world.host_s += start - gate
                 self._compute(start, start, work)
@@ -117,11 +117,10 @@ class GraphSteps:
         """
         world, graph, (update_s, cold) = self._world, self._graph, telling
         decide = world.env.now
-        warm = world.planned(routing, plan, decide)
-        host = decide + graph.colder(warm - decide, cold)
+        host = decide + graph.cold.longer(world.thinking_s(routing, plan), cold)
         issue_s = world.costs.copy_issue_s
         issuing = update_s + issue_s * sum(map(len, plan.waves))
-        longer = graph.colder(issuing, cold) / issuing if issuing else 1.0
+        longer = graph.cold.longer(issuing, cold) / issuing if issuing else 1.0
         if plan.served:
             seconds = world.served(routing, plan.served, seconds, self._graph.low_expert_s)
         work = sum(seconds.values())

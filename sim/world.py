@@ -220,12 +220,12 @@ class World:
         host = self.host_free_s + looking_s
         self.host_free_s = self.link.prefetch(moves, host, self.costs.copy_issue_s)
 
-    def planned(self, routing: Routing, plan: Plan, decide: float) -> float:
-        """When the host has planned an event whose gate's answer it has had since *decide*."""
+    def thinking_s(self, routing: Routing, plan: Plan) -> float:
+        """What the host takes to plan an event, from its gate's answer on, in warm caches."""
         thinking = self.event_s + self.access_s * len(routing.experts)
         if plan.waves:
             thinking += self.move_s * sum(map(len, plan.waves)) + self.costs.miss_s
-        return decide + thinking
+        return thinking
 
     def await_cpu(self, now: float) -> float:
         """The GPU, free at *now*, waits for experts on the CPU; returns when it goes on."""
@@ -244,7 +244,7 @@ class World:
         """
         link, costs = self.link, self.costs
         decide = self.env.now
-        host = self.planned(routing, plan, decide)
+        host = decide + self.thinking_s(routing, plan)
         if plan.served:
             seconds = self.served(routing, plan.served, seconds)
         arriving: list[tuple[Move, float]] = []

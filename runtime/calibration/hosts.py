@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from policies.graph_costs import Cold
 from runtime.bank import FEW
 from runtime.calibration.fits import Floats, line, nonnegative
 from runtime.eventclock import ANSWERED, FETCHED, LAUNCHED, PLANNED, Times
@@ -32,9 +32,6 @@ CLIP = 10.0
 COLD_AFTER_S = 1e-4
 COLD_SHARES = tuple(i / 20 for i in range(31))
 COLD_MOST_S = (2e-5, 4e-5, 8e-5, 1.6e-4, 1.0)
-
-#: A host is late for an answer if it was busy for so many times as long as a layer takes.
-LATE = 1.0
 
 #: Rounds in which the time of a warm host and how much longer a cold one takes are settled.
 ROUNDS = 4
@@ -102,22 +99,6 @@ class Planning(NamedTuple):
         return looking_s + counts.prefetch * self.prefetch_s
 
 
-class Cold(NamedTuple):
-    """How a wait slows the host down: its caches go to others.
-
-    The first *most_s* of what it does then take longer by *share* of themselves for each
-    e-fold of the wait beyond :data:`COLD_AFTER_S`.
-    """
-
-    share: float = 0.0
-    most_s: float = 1.0
-
-    def seconds(self, warm_s: Floats, waits_s: Floats) -> Floats:
-        """What takes a warm host *warm_s*, after *waits_s* without work."""
-        colder = self.share * np.log1p(np.maximum(waits_s, 0.0) / COLD_AFTER_S)
-        return np.asarray(warm_s + colder * np.minimum(warm_s, self.most_s))
-
-
 class HostCosts(NamedTuple):
     """What the host takes between an answer and the launch behind it, in seconds.
 
@@ -135,6 +116,11 @@ class HostCosts(NamedTuple):
     cold: Cold = Cold()
     return_s: float = 0.0
 
+    def launching(self, counts: EventCounts) -> float:
+        """What an event takes a warm host from its plan on, the launch aside."""
+        told_s = self.change_s * capped(counts.changes)
+        return self.launching_s + self.issue_s * counts.demand + told_s
+
 
 def capped(changes: int) -> int:
     """Entries that cost as single writes: many go to the device together instead."""
@@ -143,13 +129,14 @@ def capped(changes: int) -> int:
 
 def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
     """The host's costs that explain its work in *runs*; *launch_s* of each event is known."""
-    by_policy = {name: [run for run in runs if run.policy == name] for name in _policies_of(runs)}
+    names = sorted({run.policy for run in runs})
+    by_policy = {name: [run for run in runs if run.policy == name] for name in names}
     thought = {n: _means(of, ANSWERED, PLANNED, _planned_kind) for n, of in by_policy.items()}
     ahead = {n: _means(of, LAUNCHED, FETCHED, _fetched_kind) for n, of in by_policy.items()}
     launched = _means(runs, PLANNED, LAUNCHED, _launched_kind)
     launched = launched._replace(seconds=np.maximum(launched.seconds - launch_s, 0.0))
     everything = [*thought.values(), launched]
-    tried = (Cold(share, most_s) for share in COLD_SHARES for most_s in COLD_MOST_S)
+    tried = (Cold(share, COLD_AFTER_S, most) for share in COLD_SHARES for most in COLD_MOST_S)
     cold = min(tried, key=lambda cold: sum(_missed(kinds, cold) for kinds in everything))
     found, off = _robust(launched, cold)
     launching_s, issue_s, change_s = found.tolist()
@@ -167,18 +154,13 @@ def fit_return(runs: Sequence[TimedRun], issue_s: float) -> float:
     """
     found = []
     for run in runs:
-        late_s = LATE * layer_s(run)
+        late_s = layer_s(run)
         for counts, times in zip(run.counts, run.times.tolist(), strict=True):
             for one, now, after in zip(counts, times, times[1:], strict=False):
                 busy_s = now[FETCHED] - now[LAUNCHED] + issue_s * one.prefetch
                 if one.prefetch and not (one.demand or one.apart) and busy_s > late_s:
                     found.append(after[ANSWERED] - now[FETCHED] - issue_s * one.prefetch)
     return max(statistics.median(found), 0.0) if found else 0.0
-
-
-def _policies_of(runs: Sequence[TimedRun]) -> list[str]:
-    """The policies of *runs*, in order."""
-    return sorted({run.policy for run in runs})
 
 
 def _planned_kind(one: EventCounts) -> tuple[int, ...]:
@@ -227,6 +209,7 @@ class _Kinds(NamedTuple):
         """The parts of a warm host's time that explain those *kept*, and what all would take."""
         columns = np.array([(1.0, *map(float, kind)) for kind in self.kinds])
         longer, told = np.ones(len(columns)), self.seconds
+        colder = [cold.weight(wait_s) for wait_s in self.waits_s.tolist()]
         for _ in range(ROUNDS):
             # Relative to what is told, not to what was measured: a kind that happened to be
             # quick must not weigh more than one that happened to be slow.
@@ -234,8 +217,8 @@ class _Kinds(NamedTuple):
             scaled = columns[kept] * (longer[kept] * weights)[:, None]
             found = nonnegative(scaled, self.seconds[kept] * weights)
             warm = np.maximum(columns @ found, 1e-9)
-            longer = cold.seconds(warm, self.waits_s) / warm
-            told = warm * longer
+            told = np.array(list(map(cold.longer, warm.tolist(), colder)))
+            longer = told / warm
         return found, told
 
 
@@ -325,9 +308,8 @@ def rest_of_step(runs: Sequence[TimedRun], host: HostCosts, launch_s: float) -> 
             first, last = counts[0], counts[-1]
             if last.demand or last.prefetch or first.apart or math.isnan(layer):
                 continue
-            inside = times[-1][LAUNCHED] - times[0][LAUNCHED] + planning.seconds(first) + launch_s
-            inside += host.launching_s + host.issue_s * first.demand
-            inside += host.change_s * capped(first.changes)
+            first_s = planning.seconds(first) + host.launching(first) + launch_s
+            inside = first_s + times[-1][LAUNCHED] - times[0][LAUNCHED]
             rests.append(whole - inside - layer - launch_s)
     return max(_mean(rests), 1e-6) if rests else 1e-6
 
@@ -368,16 +350,15 @@ def _waiting(
     """Numbers of copies waited for; seconds from the first to the next answer; weights."""
     groups: dict[int, list[float]] = {}
     for run in runs:
-        planning = host.planning[run.policy]
-        for counts, times in zip(run.counts, run.times.tolist(), strict=True):
-            for (one, before, now), (_, _, after) in pairwise(
-                zip(counts, [None, *times], [*times, None], strict=False)
-            ):
-                if not one.demand or one.apart or before is None or after is None:
-                    continue
-                waited = np.array(now[ANSWERED] - before[FETCHED])
-                known = float(host.cold.seconds(np.array(planning.seconds(one)), waited))
-                known += host.issue_s
-                groups.setdefault(one.demand, []).append(after[ANSWERED] - now[ANSWERED] - known)
+        planning, answered = host.planning[run.policy], run.times[:, :, ANSWERED]
+        lengths = (answered[:, 2:] - answered[:, 1:-1]).tolist()
+        waits = (answered[:, 1:-1] - run.times[:, :-2, FETCHED]).tolist()
+        # Of the first layer the wait is not known, of the last no answer follows.
+        for counts, row, waited in zip(run.counts, lengths, waits, strict=True):
+            for one, length, wait_s in zip(counts[1:-1], row, waited, strict=True):
+                if one.demand and not one.apart:
+                    cold = host.cold.weight(wait_s)
+                    known = host.cold.longer(planning.seconds(one), cold) + host.issue_s
+                    groups.setdefault(one.demand, []).append(length - known)
     seconds = [_mean(found) for found in groups.values()]
     return list(groups), seconds, [float(len(found)) for found in groups.values()]

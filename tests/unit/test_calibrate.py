@@ -20,6 +20,7 @@ pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
 from policies.budget import Budget  # noqa: E402
 from policies.costs import Costs  # noqa: E402
+from policies.graph_costs import Cold  # noqa: E402
 from policies.hardware import FIGURES, load_profile  # noqa: E402
 from policies.registry import POLICIES  # noqa: E402
 from policies.session import Setup, TraceSession  # noqa: E402
@@ -40,7 +41,6 @@ from runtime.calibration.experts import (  # noqa: E402
 )
 from runtime.calibration.fits import ExpertTime, Line, Thinking  # noqa: E402
 from runtime.calibration.hosts import (  # noqa: E402
-    Cold,
     EventCounts,
     HostCosts,
     Misses,
@@ -274,7 +274,7 @@ def launching_s(counts, costs=TRUE):
 
 def colder(seconds, waited, costs):
     """What takes a warm host *seconds*, after a wait."""
-    return float(costs.cold.seconds(np.array(seconds), np.array(waited)))
+    return costs.cold.longer(seconds, costs.cold.weight(waited))
 
 
 def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=False, costs=TRUE):
@@ -349,7 +349,7 @@ def test_what_passes_until_a_late_host_reads_the_answer_comes_back():
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_a_host_that_waited_is_slower_by_the_share_that_comes_back(share):
-    costs = TRUE._replace(cold=Cold(share, 4e-5))
+    costs = TRUE._replace(cold=Cold(share, most_s=4e-5))
 
     def wait(one):
         return 8e-4 * one.demand
