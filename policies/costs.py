@@ -43,8 +43,6 @@ class Costs:
         self.least_event_s = min((host.event_s, *host.policy_event_s.values()))
         self.least_access_s = min((host.access_s, *host.policy_access_s.values()))
         self.copy_issue_s = host.copy_issue_s
-        #: Host seconds before the first copy of an event that misses something.
-        self.miss_s = host.miss_s
         #: From a copy's end until a stream that waits for it goes on.
         self.wake_s = profile.link.wake_s
         self.step_s = host.step_s
@@ -63,6 +61,11 @@ class Costs:
         """Host seconds that they take more for each distinct expert of the event."""
         host = self.profile.host
         return host.policy_access_s.get(policy, host.access_s)
+
+    def miss_s(self, policy: str = "") -> float:
+        """Host seconds more for an event that misses anything, before its first copy is issued."""
+        host = self.profile.host
+        return host.policy_miss_s.get(policy, host.miss_s)
 
     def move_s(self, policy: str = "") -> float:
         """Host seconds that they take more for each demanded move, its issue aside."""
@@ -148,7 +151,7 @@ class Costs:
         """
         count = self.model.top_k
         if self.graph is not None:
-            gate = self.graph.attention_s(1, 1)
+            gate = self.graph.attention_s(1, 1) + self.graph.more_s(policy)
             work = self.graph.launch_s + count * self.graph.expert_s(1)
         else:
             gate = max(self.attention_s(1, 1), self.issue_gate_s)

@@ -155,8 +155,8 @@ class GraphCosts:
         self.launch_s = profile.host.graph_launch_s
         #: Host time from the end of an event's work until it can read the next answer.
         self.return_s = profile.host.return_s
+        self._tell_s = profile.host.table_tell_s
         self._change_s = profile.host.table_update_s
-        self._rewrite_s = profile.host.table_rewrite_s or math.inf
         host = profile.host
         self.cold = Cold(host.cold_share, host.cold_after_s, host.cold_most_s)
         software, facts = profile.software, facts_of(model)
@@ -180,7 +180,11 @@ class GraphCosts:
 
     def table_s(self, changes: int) -> float:
         """Host time to tell the next graph of *changes* of the table of experts."""
-        return min(changes * self._change_s, self._rewrite_s)
+        return self._tell_s + changes * self._change_s if changes else 0.0
+
+    def more_s(self, policy: str) -> float:
+        """What a layer takes more under *policy*, whose graphs have more kernels."""
+        return self.profile.software.policy_layer_s.get(policy, 0.0)
 
     def attention_s(self, tokens: int, kv_tokens: int) -> float:
         """One layer without its routed experts; *kv_tokens* as in ``Costs.attention_s``."""

@@ -124,10 +124,10 @@ class Host:
     *gate_sync_s* from a gate's last kernel until the host has its answer, *event_s* for policy
     and planner per event, *step_s* for a step's work outside its layers.
 
-    *graph_launch_s* is the time of one graph replay, until its first kernel may run; above 0,
-    decode steps run as captured graphs, one from each gate to the next. *table_update_s* then
-    is what each changed entry of the table takes that tells the graph where experts lie;
-    however many change, it takes no longer than *table_rewrite_s* (0: no such bound). Policy
+    *graph_launch_s* is the time of one graph replay, from an event's plan on; above 0,
+    decode steps run as captured graphs, one from each gate to the next. Where any entry of the
+    table changes that tells the graph where experts lie, that takes *table_tell_s*, and
+    *table_update_s* for each. Policy
     and planner may take *access_s* more for each distinct expert of an event, *move_s* for
     each demanded move and *prefetch_s* for each prefetch, and every event that misses anything
     *miss_s* before the first of its copies is issued. What a table *policy_...* says of a
@@ -149,7 +149,7 @@ class Host:
     pinned_alloc_bytes_per_s: float
     graph_launch_s: float = field(default=0.0, metadata={"least": 0})
     table_update_s: float = field(default=0.0, metadata={"least": 0})
-    table_rewrite_s: float = field(default=0.0, metadata={"least": 0})
+    table_tell_s: float = field(default=0.0, metadata={"least": 0})
     access_s: float = field(default=0.0, metadata={"least": 0})
     move_s: float = field(default=0.0, metadata={"least": 0})
     prefetch_s: float = field(default=0.0, metadata={"least": 0})
@@ -160,6 +160,7 @@ class Host:
     cold_most_s: float = 1.0
     policy_event_s: Mapping[str, float] = _by_name()
     policy_access_s: Mapping[str, float] = _by_name()
+    policy_miss_s: Mapping[str, float] = _by_name()
     policy_move_s: Mapping[str, float] = _by_name()
     policy_prefetch_s: Mapping[str, float] = _by_name()
     policy_foresee_event_s: Mapping[str, float] = _by_name()
@@ -179,7 +180,8 @@ class Software:
     share of the GPU's memory rate at which what is not an expert is read, *kv_efficiency*, by
     family, that of the key-value cache as a model specification counts it: code that copies
     or expands it first has a small one. Sequences are read beside each other; what one takes
-    for each position of its cache however many there are is *kv_token_s*, by family.
+    for each position of its cache however many there are is *kv_token_s*, by family. Under
+    a policy that *policy_layer_s* names, every layer takes so much more.
     """
 
     name: str
@@ -191,6 +193,7 @@ class Software:
     kv_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
     kv_token_s: Mapping[str, float] = _by_name()
     several_floor_s: Mapping[str, float] = _by_name()
+    policy_layer_s: Mapping[str, float] = _by_name()
 
 
 @dataclass(frozen=True)

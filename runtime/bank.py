@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +11,6 @@ from policies.planner import Planner
 from runtime.errors import OffloadError
 from runtime.lanes import Lanes
 from runtime.layout import ExpertLayout, LowLayout
-
-#: Changes of the table that may be on their way to the device at once.
-RING = 1 << 14
-
-#: Up to this many changes are written one by one, each at about a tenth of a kernel's launch.
-FEW = 12
 
 #: Table entry of an expert that this event does not compute on the device.
 ABSENT = -1
@@ -98,21 +90,15 @@ class ExpertTable:
     """For every expert the slot that an event reads it from, int32 [layers, experts].
 
     The table lies on the device. :meth:`set` notes a change, :meth:`flush` hands all of them
-    to the computing lane: a few as single writes, many to one kernel that reads them from
-    pinned host memory. Neither queues behind the copies of experts, as a small copy would.
+    to the computing lane as writes of its own, which do not queue behind the copies of experts
+    as a small copy would.
     """
 
     def __init__(self, layers: int, experts: int, lanes: Lanes) -> None:
         self._lanes = lanes
-        device = lanes.device
-        self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
-        self._flat = self.slots.view(-1)
+        self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=lanes.device)
         self._now = [ABSENT] * (layers * experts)
         self._changed: dict[int, int] = {}
-        self._kernel: Any = _scatter_kernel() if device.type == "cuda" else None
-        if self._kernel is not None:
-            self._ring = torch.zeros(RING, 2, dtype=torch.int32, pin_memory=True)
-            self._next = 0
 
     def set(self, expert: int, slot: int) -> None:
         """*expert* is to be read from *slot* from the next flush on."""
@@ -131,33 +117,9 @@ class ExpertTable:
         self._changed.clear()
         for expert, slot in changed:
             now[expert] = slot
-        if self._kernel is not None and len(changed) > FEW:
-            for first in range(0, len(changed), RING // 4):
-                self._send(changed[first : first + RING // 4])
-            return
-        for expert, slot in changed:
-            self._lanes.write(self._flat, expert, slot)
+        if changed:
+            self._lanes.write(self.slots, changed)
 
     def free(self) -> None:
         """Give the memory back."""
-        self.slots = self._flat = torch.empty(0, dtype=torch.int32)
-
-    def _send(self, pairs: list[tuple[int, int]]) -> None:
-        """One kernel that reads *pairs* over the link itself."""
-        count = len(pairs)
-        if self._next + count > RING:
-            self._lanes.finish()
-            self._next = 0
-        rows = self._ring[self._next : self._next + count]
-        self._next += count
-        rows.copy_(torch.tensor(pairs, dtype=torch.int32))
-        self._kernel(self._flat, rows, count)
-
-
-def _scatter_kernel() -> Any:
-    """The kernel, or None where there is no Triton to compile it."""
-    if not importlib.util.find_spec("triton"):
-        return None
-    from runtime.scatter import scatter
-
-    return scatter
+        self.slots = torch.empty(0, dtype=torch.int32)

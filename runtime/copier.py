@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
+
 from policies.moves import Move, MoveQueue
 from runtime.bank import SlotBank
 from runtime.lanes import Lanes, Mark
@@ -12,20 +14,20 @@ from runtime.store import HostStore
 
 
 class Copied:
-    """One copy that was issued: what moved and the marks around it."""
+    """Copies that were issued together: what moved and the marks around all of it."""
 
-    __slots__ = ("begin", "end", "move")
+    __slots__ = ("begin", "end", "moves")
 
-    def __init__(self, move: Move, begin: Mark, end: Mark) -> None:
-        self.move, self.begin, self.end = move, begin, end
+    def __init__(self, moves: Sequence[Move], begin: Mark, end: Mark) -> None:
+        self.moves, self.begin, self.end = moves, begin, end
 
 
 class Copier:
     """Issues copies from the store to the bank in the order of the world's queue.
 
     Demand is issued at once; prefetches wait in a queue of which at most *depth* copies are
-    on their way, so that demand overtakes them (what is issued cannot be called back). The
-    host moves the queue on whenever it calls :meth:`poll`.
+    on their way, so that demand overtakes them (what is issued cannot be called back); copies
+    issued together count as one. The host moves the queue on whenever it calls :meth:`poll`.
     """
 
     def __init__(self, store: HostStore, bank: SlotBank, lanes: Lanes, depth: int = 2) -> None:
@@ -45,17 +47,26 @@ class Copier:
         self.busy_s = 0.0
         #: Copies issued since somebody last emptied this list, if there is one.
         self.issued: list[Copied] | None = None
+        #: Whether every copy has marks of its own, even where they are issued together.
+        self.marks_each = False
 
     def __len__(self) -> int:
         """Moves waiting in the software queue."""
         return len(self._queue)
 
-    def demand(self, moves: Iterable[Move]) -> None:
-        """Issue missed experts at once; their slots are free of readers."""
-        for move in moves:
-            if self.pending:
+    def demand(self, moves: Sequence[Move], *, together: bool = False) -> None:
+        """Issue missed experts at once; their slots are free of readers.
+
+        With *together* nobody waits for one of them but for all: they share their marks.
+        """
+        if self.pending:
+            for move in moves:
                 self._drop(move.victim)
-            self._issue(move)
+        if together and not self.marks_each:
+            self._issue(moves)
+        else:
+            for move in moves:
+                self._issue((move,))
 
     def prefetch(self, moves: Iterable[Move]) -> None:
         """Queue moves for later events."""
@@ -69,11 +80,12 @@ class Copier:
         """Issue what may be issued now and forget what has landed."""
         flying, passed = self._flying, self._lanes.passed
         while flying and passed(flying[0].end):
-            self._landed(flying.popleft().move)
+            for move in flying.popleft().moves:
+                self._landed(move)
         while self._queue and len(flying) < self._depth:
             move = self._queue.peek()
             self._queue.take(move)
-            self._issue(move)
+            self._issue((move,))
 
     def arriving(self, copies: Sequence[int]) -> list[int]:
         """Those of *copies* whose prefetch has not landed; queued ones overtake the others."""
@@ -85,7 +97,7 @@ class Copier:
             move = self.pending.get(copy)
             if move is not None:
                 if self._queue.take(move):
-                    self._issue(move)
+                    self._issue((move,))
                 late.append(copy)
         return late
 
@@ -105,20 +117,26 @@ class Copier:
         """Bytes that *move* carries."""
         return self._low_size if move.copy >= self._total else self._size
 
-    def _issue(self, move: Move) -> None:
-        low = move.copy >= self._total
-        source = self._source[1][move.copy - self._total] if low else self._source[0][move.copy]
-        size = self.size_of(move)
-        begin, end = self._lanes.copy(self._bank.target(move.slot), source[:size])
-        copied = Copied(move, begin, end)
+    def _issue(self, moves: Sequence[Move]) -> None:
+        target = self._bank.target
+        pairs = [(target(move.slot), self._from(move)) for move in moves]
+        begin, end = self._lanes.copy_all(pairs)
+        copied = Copied(moves, begin, end)
         self._flying.append(copied)
-        self._marks[move.copy] = end
         if self.issued is not None:
             self.issued.append(copied)
-        if move.demand:
-            self.demand_bytes += size
-        else:
-            self.prefetch_bytes += size
+        for move in moves:
+            self._marks[move.copy] = end
+            if move.demand:
+                self.demand_bytes += self.size_of(move)
+            else:
+                self.prefetch_bytes += self.size_of(move)
+
+    def _from(self, move: Move) -> Tensor:
+        """Where the bytes of *move* lie on the host."""
+        if move.copy >= self._total:
+            return self._source[1][move.copy - self._total][: self._low_size]
+        return self._source[0][move.copy][: self._size]
 
     def _landed(self, move: Move) -> None:
         if self.pending.get(move.copy) is move:

@@ -83,10 +83,11 @@ class Engine:
         else:
             self.copier.poll()
 
-    def decide(self, routing: Routing) -> tuple[Plan, list[int]]:
+    def decide(self, routing: Routing, *, together: bool = False) -> tuple[Plan, list[int]]:
         """The plan of an event, and the held copies that are still on their way.
 
-        The moves of its first wave are issued, its table entries are noted.
+        The moves of its first wave are issued, its table entries are noted. With *together*
+        a plan that is whole goes to :meth:`at_once`, which waits for all copies or none.
         """
         try:
             plan = self.planner.plan(routing)
@@ -102,7 +103,7 @@ class Engine:
         late = self.copier.arriving(needed) if self.copier.pending else []
         self.late += len(late)
         if plan.waves:
-            self._demand(plan.waves[0])
+            self._demand(plan.waves[0], together=together and plan.whole)
         if self.on_event is not None:
             self.on_event(routing, plan, late)
         return plan, late
@@ -119,8 +120,8 @@ class Engine:
                 self.copier.wait(copy)
             self.watch.split("stall_late")
         if plan.waves:
-            for move in plan.waves[0]:
-                self.copier.wait(move.copy)
+            # They land in the order in which they were issued, or share their marks.
+            self.copier.wait(plan.waves[0][-1].copy)
             self.watch.split("stall_demand")
 
     def in_groups(
@@ -207,9 +208,9 @@ class Engine:
         """The step's last event has been launched."""
         self.steps += 1
 
-    def _demand(self, wave: Sequence[Move]) -> None:
+    def _demand(self, wave: Sequence[Move], *, together: bool = False) -> None:
         self._place(wave)
-        self.copier.demand(wave)
+        self.copier.demand(wave, together=together)
 
     def _place(self, moves: Sequence[Move]) -> None:
         """Note who is read from where once *moves* have been made."""

@@ -300,7 +300,7 @@ class Chain:
     def _event(self, layer: int, gate: _Gate) -> None:
         engine = self._hook.engine
         routing = self._hook.route(layer, gate.host.read())
-        plan, late = engine.decide(routing)
+        plan, late = engine.decide(routing, together=True)
         if plan.whole:
             engine.at_once(plan, late)
         else:

@@ -11,13 +11,13 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.driver import copy_to_device, write_value
+from runtime.driver import copy_all_to_device, copy_to_device, write_values
 
 
 class Mark:
@@ -48,6 +48,11 @@ class Lanes(ABC):
     def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
         """Append a copy to the copy lane; marks before and after it."""
 
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
+        """Append copies to the copy lane, each a (target, source); marks before and after all."""
+        marks = [self.copy(target, source) for target, source in pairs]
+        return marks[0][0], marks[-1][1]
+
     @abstractmethod
     def passed(self, mark: Mark) -> bool:
         """Whether *mark* has been reached; never waits."""
@@ -71,9 +76,11 @@ class Lanes(ABC):
     def finish(self) -> None:
         """Wait on the host for both lanes."""
 
-    def write(self, target: Tensor, at: int, value: int) -> None:
-        """Let the computing lane set element *at* of the contiguous int32 *target*."""
-        target.view(-1)[at] = value
+    def write(self, target: Tensor, values: Sequence[tuple[int, int]]) -> None:
+        """Let the computing lane set elements of the contiguous int32 *target* to *values*."""
+        flat = target.view(-1)
+        for at, value in values:
+            flat[at] = value
 
     def now(self) -> float:
         """The host's clock, in seconds."""
@@ -115,6 +122,9 @@ class CudaLanes(Lanes):
         return Mark(event)
 
     def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+        return self.copy_all([(target, source)])
+
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
         stream = self._copies
         begin = Mark()
         if self.timed:
@@ -124,13 +134,18 @@ class CudaLanes(Lanes):
             cuda: Any = torch.cuda
             with cuda.stream(stream):
                 cuda._sleep(self.delay_cycles())
+        target, source = pairs[0]
+        # The first goes by itself: the link is at work while the others are handed over.
         copy_to_device(target.data_ptr(), source.data_ptr(), source.nbytes, self._copy_handle)
+        if len(pairs) > 1:
+            rest = [(t.data_ptr(), s.data_ptr(), s.nbytes) for t, s in pairs[1:]]
+            copy_all_to_device(rest, self._copy_handle)
         end = Mark(self._event())
         end.event.record(stream)
         return begin, end
 
-    def write(self, target: Tensor, at: int, value: int) -> None:
-        write_value(target.data_ptr() + 4 * at, value, int(self._compute.cuda_stream))
+    def write(self, target: Tensor, values: Sequence[tuple[int, int]]) -> None:
+        write_values(target.data_ptr(), values, int(self._compute.cuda_stream))
 
     def passed(self, mark: Mark) -> bool:
         return bool(mark.event.query())

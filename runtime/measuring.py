@@ -92,6 +92,7 @@ class RealWorld:
         self._events = (0, 0, 0)
         if recording is not None:
             engine.on_event = self._note
+            self.link.marks_each = True
 
     @property
     def total_s(self) -> float:
@@ -193,7 +194,7 @@ class RealWorld:
             self._link_end_s = end
             found.append((copied, (begin, end)))
             self._busy_s += max(0.0, end - begin)
-            self._bytes += self.link.size_of(copied.move)
+            self._bytes += sum(map(self.link.size_of, copied.moves))
         self._open = waiting
         lanes.recycle([copied.begin for copied, _ in found])
         return found
@@ -208,7 +209,8 @@ class RealWorld:
     ) -> None:
         spans = [span for _, span in copies]
         for cause, begin, end in stretches:
-            if cause.startswith("stall"):
+            # Where nothing landed, what was asked for was there: the mark alone took time.
+            if cause.startswith("stall") and any(begin < landed <= end for _, landed in spans):
                 self._stall_s += end - begin
                 self._stall_busy_s += sum(_overlap((begin, end), span) for span in spans)
 
@@ -246,7 +248,7 @@ class RealWorld:
             lane = "host" if cause == "host" else "GPU"
             recording.span(lane, cause, begin - self._epoch, end - self._epoch)
         for copied, (begin, end) in copies:
-            move = copied.move
+            [move] = copied.moves
             name = f"{'demand' if move.demand else 'prefetch'} {context.name(move.copy)}"
             recording.span("H2D", name, begin - self._epoch, end - self._epoch)
             row.link_busy_s += max(0.0, end - begin)

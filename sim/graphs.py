@@ -41,6 +41,7 @@ class GraphSteps:
         sync_s, event_s, access_s = world.costs.sync_s, world.event_s, world.access_s
         return_s = graph.return_s
         attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s
+        attention += graph.more_s(planner.policy.name)
         one = graph.expert_s(1) if step.size == 1 else 0.0
         ideal_s = 0.0
         event = world.events
@@ -63,7 +64,7 @@ class GraphSteps:
             ideal_s += work
             if plan is NOTHING and not pending and not self._untold.count:
                 thinking = graph.cold.longer(event_s + access_s * len(experts), cold)
-                start = decide + thinking + graph.launch_s
+                start = decide + thinking + graph.cold.longer(graph.launch_s, cold)
                 world.host_s += start - gate
                 self._compute(start, start, work)
             else:
@@ -119,8 +120,8 @@ class GraphSteps:
         decide = world.env.now
         host = decide + graph.cold.longer(world.thinking_s(routing, plan), cold)
         issue_s = world.costs.copy_issue_s
-        issuing = update_s + issue_s * sum(map(len, plan.waves))
-        longer = graph.cold.longer(issuing, cold) / issuing if issuing else 1.0
+        issuing = update_s + issue_s * sum(map(len, plan.waves)) + graph.launch_s
+        longer = graph.cold.longer(issuing, cold) / issuing
         if plan.served:
             seconds = world.served(routing, plan.served, seconds, self._graph.low_expert_s)
         work = sum(seconds.values())
@@ -130,7 +131,7 @@ class GraphSteps:
         for wave in plan.waves:
             host = world.link.demand(wave, host, issue_s * longer)
             awaited += wave
-        launched = now = host + update_s * longer + graph.launch_s
+        launched = now = host + (update_s + graph.launch_s) * longer
         world.host_s += launched - gate
         for move in awaited:
             if world.ready_s(move) > now:

@@ -60,6 +60,7 @@ class World:
         #: the last when the event has been launched, as what it takes to look ahead.
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
+        self.miss_s = costs.miss_s(planner.policy.name)
         self.move_s = costs.move_s(planner.policy.name)
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self._foresee_s = costs.foresee_s(planner.policy.name)
@@ -224,7 +225,7 @@ class World:
         """What the host takes to plan an event, from its gate's answer on, in warm caches."""
         thinking = self.event_s + self.access_s * len(routing.experts)
         if plan.waves:
-            thinking += self.move_s * sum(map(len, plan.waves)) + self.costs.miss_s
+            thinking += self.miss_s + self.move_s * sum(map(len, plan.waves))
         return thinking
 
     def await_cpu(self, now: float) -> float:

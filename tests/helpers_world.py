@@ -27,7 +27,7 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
         profile.host,
         graph_launch_s=6.1e-6,
         table_update_s=4.3e-6,
-        table_rewrite_s=1.9e-5,
+        table_tell_s=1.9e-5,
         move_s=2.7e-6,
         prefetch_s=1.7e-6,
         miss_s=8.3e-6,
@@ -96,6 +96,7 @@ class Machine:
         self.planner, self.costs = planner, costs
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
+        self.miss_s = costs.miss_s(planner.policy.name)
         self.move_s = costs.move_s(planner.policy.name)
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self.foresee_event_s, self.foresee_access_s = costs.foresee_s(planner.policy.name)
@@ -180,9 +181,9 @@ class Machine:
         return sum(1 if move.victim < 0 else 2 for move in moves)
 
     def telling_s(self, entries: int) -> float:
-        """One by one, or all together."""
+        """All in one call."""
         host = self.costs.profile.host
-        return min(entries * host.table_update_s, host.table_rewrite_s)
+        return entries * host.table_update_s + (host.table_tell_s if entries else 0.0)
 
     def fused(
         self, routing: Routing, plan: Plan
@@ -202,7 +203,7 @@ class Machine:
         """From the answer to the first copy."""
         seconds = self.event_s + self.access_s * len(routing.experts)
         seconds += self.move_s * sum(map(len, plan.waves))
-        return seconds + (self.costs.miss_s if plan.waves else 0.0)
+        return seconds + (self.miss_s if plan.waves else 0.0)
 
     def look_ahead(self, routing: Routing) -> Generator[simpy.Event, object, Sequence[Move]]:
         """The host decides on prefetches while the GPU works, and issues them."""

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from policies.graph_costs import Cold
-from runtime.bank import FEW
 from runtime.calibration.fits import Floats, line, nonnegative
 from runtime.eventclock import ANSWERED, FETCHED, LAUNCHED, PLANNED, Times
 
@@ -77,12 +76,14 @@ class TimedRun(NamedTuple):
 class Planning(NamedTuple):
     """Seconds of policy and planner in a run: per event, expert and demanded move.
 
-    Once the event has been launched, *prefetch_s* per prefetch, and *foresee_event_s* and
-    *foresee_access_s* however many they are. *residual_s* is the median miss of the first fit.
+    An event that misses anything takes *miss_s* more. Once the event has been launched,
+    *prefetch_s* per prefetch, and *foresee_event_s* and *foresee_access_s* however many they
+    are. *residual_s* is the median miss of the first fit.
     """
 
     event_s: float
     access_s: float
+    miss_s: float
     move_s: float
     prefetch_s: float
     foresee_event_s: float = 0.0
@@ -91,7 +92,8 @@ class Planning(NamedTuple):
 
     def seconds(self, counts: EventCounts) -> float:
         """What an event takes from its answer to its plan."""
-        return self.event_s + counts.accesses * self.access_s + counts.demand * self.move_s
+        missing_s = self.miss_s + counts.demand * self.move_s if counts.demand else 0.0
+        return self.event_s + counts.accesses * self.access_s + missing_s
 
     def foreseeing_s(self, counts: EventCounts) -> float:
         """What it takes from its launch until its prefetches are decided on."""
@@ -102,48 +104,55 @@ class Planning(NamedTuple):
 class HostCosts(NamedTuple):
     """What the host takes between an answer and the launch behind it, in seconds.
 
-    *planning* by policy; then *launching_s* once, *issue_s* per demanded copy and *change_s*
-    per entry of the table. The launch itself is not in them. *missed* is the median miss of
-    the second part as a share of it. These are a warm host's; *cold* says what a wait adds.
-    *return_s* passes from the end of an event's work until the host can read the next answer.
+    *planning* by policy; then *launching_s*, the launch itself, *first_s* before the first
+    demanded copy and *issue_s* for each, *tell_s* if the table has changed and *change_s* for
+    each entry. *missed* is the median miss of the second part as a share of it. These are a
+    warm host's; *cold* says what a wait adds. *return_s* passes from the end of an event's work
+    until the host can read the next answer.
     """
 
     planning: dict[str, Planning]
     launching_s: float
+    first_s: float
     issue_s: float
+    tell_s: float
     change_s: float
     missed: float
     cold: Cold = Cold()
     return_s: float = 0.0
 
     def launching(self, counts: EventCounts) -> float:
-        """What an event takes a warm host from its plan on, the launch aside."""
-        told_s = self.change_s * capped(counts.changes)
-        return self.launching_s + self.issue_s * counts.demand + told_s
+        """What an event takes a warm host from its plan on."""
+        issued_s = self.first_s + self.issue_s * counts.demand if counts.demand else 0.0
+        told_s = self.tell_s + self.change_s * counts.changes if counts.changes else 0.0
+        return self.launching_s + issued_s + told_s
 
 
-def capped(changes: int) -> int:
-    """Entries that cost as single writes: many go to the device together instead."""
-    return min(changes, FEW + 1)
-
-
-def fit_host(runs: Sequence[TimedRun], launch_s: float) -> HostCosts:
-    """The host's costs that explain its work in *runs*; *launch_s* of each event is known."""
+def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
+    """The host's costs that explain its work in *runs*."""
     names = sorted({run.policy for run in runs})
     by_policy = {name: [run for run in runs if run.policy == name] for name in names}
     thought = {n: _means(of, ANSWERED, PLANNED, _planned_kind) for n, of in by_policy.items()}
     ahead = {n: _means(of, LAUNCHED, FETCHED, _fetched_kind) for n, of in by_policy.items()}
     launched = _means(runs, PLANNED, LAUNCHED, _launched_kind)
-    launched = launched._replace(seconds=np.maximum(launched.seconds - launch_s, 0.0))
     everything = [*thought.values(), launched]
     tried = (Cold(share, COLD_AFTER_S, most) for share in COLD_SHARES for most in COLD_MOST_S)
     cold = min(tried, key=lambda cold: sum(_missed(kinds, cold) for kinds in everything))
     found, off = _robust(launched, cold)
-    launching_s, issue_s, change_s = found.tolist()
+    launching_s, first_s, issue_s, tell_s, change_s = found.tolist()
     missed = float(np.median(off / np.maximum(launched.seconds, 1e-7)))
     planning = {name: _planning(kinds, ahead[name], cold) for name, kinds in thought.items()}
-    back_s = fit_return(runs, issue_s)
-    return HostCosts(planning, launching_s, issue_s, change_s, missed, cold, back_s)
+    return HostCosts(
+        planning,
+        launching_s,
+        first_s,
+        issue_s,
+        tell_s,
+        change_s,
+        missed=missed,
+        cold=cold,
+        return_s=fit_return(runs, issue_s),
+    )
 
 
 def fit_return(runs: Sequence[TimedRun], issue_s: float) -> float:
@@ -165,12 +174,12 @@ def fit_return(runs: Sequence[TimedRun], issue_s: float) -> float:
 
 def _planned_kind(one: EventCounts) -> tuple[int, ...]:
     """What planning an event depends on."""
-    return one.accesses, one.demand
+    return one.accesses, one.demand > 0, one.demand
 
 
 def _launched_kind(one: EventCounts) -> tuple[int, ...]:
     """What launching depends on, once an event is planned."""
-    return one.demand, capped(one.changes)
+    return one.demand > 0, one.demand, one.changes > 0, one.changes
 
 
 def _fetched_kind(one: EventCounts) -> tuple[int, ...]:
@@ -184,11 +193,12 @@ def _planning(kinds: _Kinds, ahead: _Kinds, cold: Cold) -> Planning:
     The second follows at once: no wait makes it longer.
     """
     found, off = _robust(kinds, cold)
-    event_s, access_s, move_s = found.tolist()
+    event_s, access_s, miss_s, move_s = found.tolist()
     foresee_event_s, foresee_access_s, prefetch_s = _robust(ahead, Cold())[0].tolist()
     return Planning(
         event_s,
         access_s,
+        miss_s,
         move_s,
         prefetch_s,
         foresee_event_s,
@@ -295,7 +305,21 @@ def layer_s(run: TimedRun) -> float:
     return quiet_layer_s(run.times, lambda step, event: run.counts[step][event].quiet)
 
 
-def rest_of_step(runs: Sequence[TimedRun], host: HostCosts, launch_s: float) -> float:
+def more_layer_s(runs: Sequence[TimedRun], plain_s: float) -> dict[str, float]:
+    """By policy, what the device's layer takes in *runs* beyond *plain_s*, that of a plain policy.
+
+    Where a policy reads gate weights or has copies at low precision, graphs have more kernels.
+    Of several runs the shortest layer counts: what else makes one longer is not the policy's.
+    """
+    found: dict[str, float] = {}
+    for run in runs:
+        more = layer_s(run) - plain_s
+        if not math.isnan(more):
+            found[run.policy] = max(min(more, found.get(run.policy, more)), 0.0)
+    return found
+
+
+def rest_of_step(runs: Sequence[TimedRun], host: HostCosts) -> float:
     """Mean seconds of a step outside its layers: before the first graph and after the last answer.
 
     From the steps of *runs* whose last event moved nothing; a step begins with a launch. What
@@ -308,9 +332,9 @@ def rest_of_step(runs: Sequence[TimedRun], host: HostCosts, launch_s: float) -> 
             first, last = counts[0], counts[-1]
             if last.demand or last.prefetch or first.apart or math.isnan(layer):
                 continue
-            first_s = planning.seconds(first) + host.launching(first) + launch_s
+            first_s = planning.seconds(first) + host.launching(first)
             inside = first_s + times[-1][LAUNCHED] - times[0][LAUNCHED]
-            rests.append(whole - inside - layer - launch_s)
+            rests.append(whole - inside - layer - host.launching_s)
     return max(_mean(rests), 1e-6) if rests else 1e-6
 
 
@@ -358,7 +382,8 @@ def _waiting(
             for one, length, wait_s in zip(counts[1:-1], row, waited, strict=True):
                 if one.demand and not one.apart:
                     cold = host.cold.weight(wait_s)
-                    known = host.cold.longer(planning.seconds(one), cold) + host.issue_s
+                    known = host.cold.longer(planning.seconds(one), cold)
+                    known += host.first_s + host.issue_s
                     groups.setdefault(one.demand, []).append(length - known)
     seconds = [_mean(found) for found in groups.values()]
     return list(groups), seconds, [float(len(found)) for found in groups.values()]

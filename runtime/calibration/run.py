@@ -12,7 +12,6 @@ import transformers
 from policies.hardware import FIGURES, HardwareProfile, load_profile
 from policies.registry import POLICIES
 from policies.tables import build, leaves
-from runtime.bank import RING
 from runtime.calibration import machine
 from runtime.calibration.bench import Bench
 from runtime.calibration.copies import Copies, Table, measure_copies
@@ -28,7 +27,7 @@ from runtime.calibration.experts import (
     measure_token_share,
 )
 from runtime.calibration.fits import Line, significant
-from runtime.calibration.hosts import Planning, capped
+from runtime.calibration.hosts import Planning
 from runtime.calibration.kernels import Graphs, Rates, measure_graphs, measure_rates
 from runtime.calibration.launches import (
     Launches,
@@ -103,7 +102,7 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
         reads = Reads(rates.memory_bytes_per_s, dense.beta, fused.beta, token_share)
         layers = measure_layers(bench, reads, graphs.sync_s, advance)
     if layers.floor_s:
-        runs = measure_runs(bench, graphs, copies, advance)
+        runs = measure_runs(bench, copies, advance)
     # A run tells more; without one, what policies take when they are replayed in Python.
     known = () if runs is None else runs.host.planning
     alone = [name for name in POLICIES.classes() if name not in known]
@@ -203,14 +202,15 @@ def _direction(table: Table) -> dict[str, Any]:
 def _planning(found: Measured) -> dict[str, Planning]:
     """Policies' times as they are in a run; as replayed alone where none was made."""
     alone = {
-        n: Planning(t.event_s, t.access_s, t.move_s, p.move_s, p.event_s, p.access_s)
+        n: Planning(t.event_s, t.access_s, 0.0, t.move_s, p.move_s, p.event_s, p.access_s)
         for n, (t, p) in found.policies.items()
     }
     if found.runs is None:
         return alone
-    host = found.runs.host
+    # What an event that misses takes before its first copy is issued, planned or not.
+    issuing_s = found.runs.host.first_s + found.runs.misses.start_s
     in_runs = {
-        n: p._replace(event_s=p.event_s + host.launching_s) for n, p in host.planning.items()
+        n: p._replace(miss_s=p.miss_s + issuing_s) for n, p in found.runs.host.planning.items()
     }
     return alone | in_runs
 
@@ -219,7 +219,7 @@ def _host(found: Measured) -> dict[str, Any]:
     planning = _planning(found)
     parts = {
         name: {n: significant(getattr(p, name)) for n, p in planning.items()}
-        for name in ("event_s", "access_s", "move_s", "prefetch_s")
+        for name in ("event_s", "access_s", "miss_s", "move_s", "prefetch_s")
     }
     ahead = {
         f"policy_{name}": {n: significant(getattr(p, name)) for n, p in planning.items()}
@@ -247,12 +247,11 @@ def _captured(found: Measured) -> dict[str, Any]:
     # A fit may leave a part out that is there: what was measured alone then stands.
     issue_s = runs.host.issue_s or found.copies.issue_s
     return {
-        "graph_launch_s": found.graphs.launch_s,
+        "graph_launch_s": significant(runs.host.launching_s or found.graphs.launch_s),
         "copy_issue_s": significant(issue_s),
         "step_s": significant(runs.step_s),
+        "table_tell_s": significant(runs.host.tell_s),
         "table_update_s": significant(runs.host.change_s),
-        "table_rewrite_s": significant(capped(RING) * runs.host.change_s),
-        "miss_s": significant(runs.misses.start_s),
         "return_s": significant(runs.host.return_s),
         "cold_share": runs.host.cold.share,
         "cold_after_s": runs.host.cold.after_s,
@@ -277,6 +276,9 @@ def _software(found: Measured) -> dict[str, Any]:
         positions = found.layers.kv_token_s
         software["kv_token_s"] = {n: significant(s) for n, s in positions.items()}
         software["dense_efficiency"] = significant(found.dense.beta)
+    if found.runs is not None:
+        more = found.runs.more_layer_s
+        software["policy_layer_s"] = {n: significant(s) for n, s in more.items()}
     return software
 
 

@@ -28,9 +28,9 @@ from runtime.calibration.hosts import (
     fit_host,
     fit_misses,
     layer_s,
+    more_layer_s,
     rest_of_step,
 )
-from runtime.calibration.kernels import Graphs
 from runtime.eventclock import EventClock
 from runtime.load import fitting
 from runtime.session import ReplaySession
@@ -135,11 +135,15 @@ def counts_of(prepared: Prepared) -> Iterator[list[EventCounts]]:
 
 
 class Runs(NamedTuple):
-    """What whole runs tell of the host: its costs, a step's rest, what misses take."""
+    """What whole runs tell: the host's costs, a step's rest, what misses take.
+
+    *more_layer_s* is what the device's layer takes more under a policy that is not exact.
+    """
 
     host: HostCosts
     step_s: float
     misses: Misses
+    more_layer_s: dict[str, float]
 
 
 @contextmanager
@@ -187,16 +191,19 @@ def timed_runs(
 
 def measure_runs(
     bench: Bench,
-    graphs: Graphs,
     copies: Copies,
     advance: Callable[[], None],
 ) -> Runs:
     """Every policy on small experts, a few on larger ones, on a device with graphs."""
-    device, launch_s = bench.device.type, graphs.launch_s
+    device = bench.device.type
     names = list(POLICIES.classes())
+    budgets = BUDGETS[:1] if bench.quick else BUDGETS
     with sessions(SMALL, BATCHES, device) as found:
         quiet = timed_runs(found, ["lru"], ["100%"])
-        runs = timed_runs(found, names, BUDGETS[:1] if bench.quick else BUDGETS, advance)
+        runs = timed_runs(found, names, budgets, advance)
+    inexact = [run for run in runs if not POLICIES.classes()[run.policy].exact]
+    # Of one token at a time, as the first of *quiet*; the others hardly have quiet events.
+    more_s = more_layer_s(inexact, layer_s(quiet[0]))
     bench.free()
     with sessions(HEAVY, (1,), device) as found:
         alone_s = layer_s(found[1].timed("lru", "100%").from_step(WARM_STEPS))
@@ -209,11 +216,11 @@ def measure_runs(
             cold += timed_runs(found, COLD, BUDGETS[:1])
         bench.free()
     advance()
-    host = fit_host(quiet + runs + waited + cold, launch_s)
+    host = fit_host(quiet + runs + waited + cold)
     size = HEAVY.spec.expert_bytes
     first_s = _copy_s(copies, size, False) - _copy_s(copies, size, True) + copies.wake_s
-    rest_s = rest_of_step(waited, host, launch_s)
-    return Runs(host, rest_s, fit_misses(waited, alone_s, host, first_s))
+    misses = fit_misses(waited, alone_s, host, first_s)
+    return Runs(host, rest_of_step(waited, host), misses, more_s)
 
 
 def _copy_s(copies: Copies, size: int, queued: bool) -> float:

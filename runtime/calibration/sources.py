@@ -70,7 +70,6 @@ def _graph_sources(found: Measured) -> dict[str, str]:
     if found.dense is None or found.fused is None:
         return sources
     return sources | {
-        "host.graph_launch_s": "device time between marks around a graph's replay, less the graph",
         "software.layer_floor_s": (
             "from launch to answer in decode steps of middle-sized models, medians, less the "
             f"answer's way and what a layer reads; {ANY_FAMILY}: their mean"
@@ -99,26 +98,32 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
     if runs is None:
         return {}
     fit = (
-        "from plan to launch in whole runs of made-up models; copies and changes fitted to "
-        f"means, misses {runs.host.missed:.1%}"
+        "from plan to launch in whole runs of made-up models; copies, the table and its changes "
+        f"fitted to means, misses {runs.host.missed:.1%}"
     )
     worst = max(runs.host.planning.items(), key=lambda item: item[1].residual_s, default=None)
     missed = "" if worst is None else f"; misses {worst[1].residual_s:.1e} s at most ({worst[0]})"
     return {
         "host.copy_issue_s": fit,
+        "host.graph_launch_s": f"{fit}; what is left: one graph's replay, as the host sees it",
+        "host.table_tell_s": fit,
         "host.table_update_s": fit,
-        "host.table_rewrite_s": "so many changes as are written together, each as above",
         "host.policy_event_s": (
-            "from answer to plan in whole runs of made-up models; event, experts and moves fitted "
-            f"to means{missed}"
+            "from answer to plan in whole runs of made-up models; event, experts, whether anything "
+            f"is missed, and moves fitted to means{missed}"
         ),
+        "host.policy_miss_s": (
+            "that fit and the one of table_tell_s, for an event that misses anything; then what "
+            "answers of whole runs that wait for copies take beyond their copies of "
+            f"{runs.misses.copy_s:.3e} s each; misses {runs.misses.missed:.1%} of an event"
+        ),
+        "host.miss_s": "median of policy_miss_s",
         "host.return_s": "from prefetches issued to the next answer, of events whose answer waited",
         "host.cold_share": "fitted with policy_event_s to runs with short and with long waits",
         "host.cold_after_s": "the wait from which on cold_share was fitted",
         "host.cold_most_s": "fitted with cold_share, one of few lengths",
         "host.step_s": "steps of whole runs that miss experts, less their layers",
-        "host.miss_s": (
-            "answers of whole runs that wait for copies, beyond their copies of "
-            f"{runs.misses.copy_s:.3e} s each; misses {runs.misses.missed:.1%} of an event"
+        "software.policy_layer_s": (
+            "from launch to answer in whole runs under policies that are not exact, beyond lru's"
         ),
     }

@@ -41,7 +41,7 @@ class Link:
 
     @property
     def issued(self):
-        return [copied.move.copy for copied in self.copier.issued]
+        return [move.copy for copied in self.copier.issued for move in copied.moves]
 
     def holds(self, slot):
         """The expert whose weights are in *slot*, None while nothing has landed there."""
