@@ -48,7 +48,7 @@ class Cold(NamedTuple):
 
     def weight(self, waited_s: float) -> float:
         """How much longer, as a share, the host takes at first after *waited_s* without work."""
-        if waited_s <= 0.0:
+        if waited_s <= 0.0 or not self.share:
             return 0.0
         return self.share * math.log1p(waited_s / self.after_s)
 
@@ -158,6 +158,7 @@ class GraphCosts:
         self._tell_s = profile.host.table_tell_s
         self._change_s = profile.host.table_update_s
         host = profile.host
+        #: What a wait adds to issuing and launching; :meth:`planning_cold` to planning.
         self.cold = Cold(host.cold_share, host.cold_after_s, host.cold_most_s)
         software, facts = profile.software, facts_of(model)
         self.floor_s = _of_family(software.layer_floor_s, facts.family, 0.0)
@@ -181,6 +182,15 @@ class GraphCosts:
     def table_s(self, changes: int) -> float:
         """Host time to tell the next graph of *changes* of the table of experts."""
         return self._tell_s + changes * self._change_s if changes else 0.0
+
+    def planning_cold(self, policy: str) -> Cold:
+        """What a wait adds to the planning of *policy*."""
+        host = self.profile.host
+        return Cold(
+            host.policy_cold_share.get(policy, host.cold_share),
+            host.cold_after_s,
+            host.policy_cold_most_s.get(policy, host.cold_most_s),
+        )
 
     def more_s(self, policy: str) -> float:
         """What a layer takes more under *policy*, whose graphs have more kernels."""

@@ -137,8 +137,9 @@ class Host:
     From there, and from issuing them, it is *return_s* until the host can read the next answer.
 
     A host that has waited w seconds for a graph's answer finds less of what it needs in its
-    caches: the first *cold_most_s* of what it then plans, and of what it issues, take
-    1 + *cold_share* ln(1 + w / *cold_after_s*) times as long.
+    caches: the first *cold_most_s* of what it then issues take 1 + *cold_share*
+    ln(1 + w / *cold_after_s*) times as long; of what it plans, by policy, the first
+    *policy_cold_most_s* with *policy_cold_share*.
     """
 
     copy_issue_s: float
@@ -165,6 +166,8 @@ class Host:
     policy_prefetch_s: Mapping[str, float] = _by_name()
     policy_foresee_event_s: Mapping[str, float] = _by_name()
     policy_foresee_access_s: Mapping[str, float] = _by_name()
+    policy_cold_share: Mapping[str, float] = _by_name()
+    policy_cold_most_s: Mapping[str, float] = _by_name()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class GraphSteps:
         self._world = world
         self._graph = graph
         self._untold = UntoldChanges(world.planner.context.total)
+        self._planning_cold = graph.planning_cold(world.planner.policy.name)
 
     def layers(self, step: Step, begun: Sequence[Move]) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap.
@@ -38,7 +39,7 @@ class GraphSteps:
         """
         world, graph = self._world, self._graph
         env, pending, planner = world.env, world.link.pending, world.planner
-        sync_s, event_s, access_s = world.costs.sync_s, world.event_s, world.access_s
+        sync_s = world.costs.sync_s
         return_s = graph.return_s
         attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s
         attention += graph.more_s(planner.policy.name)
@@ -51,7 +52,7 @@ class GraphSteps:
             gate = world.gpu_free_s + attention
             decide = gate + sync_s
             back = world.host_free_s + return_s
-            cold = graph.cold.weight(decide - back)
+            waited = decide - back
             if back > decide:  # the host still issued prefetches
                 decide = back
             yield env.timeout(decide - env.now)
@@ -63,12 +64,11 @@ class GraphSteps:
             work = len(experts) * one if seconds is None else sum(seconds.values())
             ideal_s += work
             if plan is NOTHING and not pending and not self._untold.count:
-                thinking = graph.cold.longer(event_s + access_s * len(experts), cold)
-                start = decide + thinking + graph.cold.longer(graph.launch_s, cold)
+                start = decide + self._quiet_s(len(experts), waited)
                 world.host_s += start - gate
                 self._compute(start, start, work)
             else:
-                self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one), cold)
+                self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one), waited)
             self._untold.fetched(moves)
             world.fetch(routing, moves)
             if world.observer is not None:
@@ -78,6 +78,12 @@ class GraphSteps:
         world.accesses += accesses
         self._finish(attention, ideal_s + world.costs.least_access_s * accesses, len(step.demand))
 
+    def _quiet_s(self, experts: int, waited: float) -> float:
+        """From the answer to the launch of an event for which nothing is to be done."""
+        world, graph, cold = self._world, self._graph, self._planning_cold
+        thinking = cold.longer(world.event_s + world.access_s * experts, cold.weight(waited))
+        return thinking + graph.cold.longer(graph.launch_s, graph.cold.weight(waited))
+
     def _launch_first(self) -> None:
         """The graph up to the first gate: the GPU moves KV, if anything, until it is launched."""
         world = self._world
@@ -86,9 +92,9 @@ class GraphSteps:
         world.host_free_s = world.gpu_free_s = start
 
     def _serve(
-        self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float], cold: float
+        self, routing: Routing, plan: Plan, gate: float, seconds: dict[int, float], waited: float
     ) -> None:
-        """An event that waits for copies or makes some, after a wait that left the host *cold*.
+        """An event that waits for copies or makes some; the host *waited* for its answer.
 
         One graph takes all experts of an event together. Where they do not fit together, or
         some are computed by the CPU, they are computed eagerly and the graph follows.
@@ -96,7 +102,7 @@ class GraphSteps:
         world, graph = self._world, self._graph
         update_s = graph.table_s(self._untold.told(plan, len(routing.experts)))
         if plan.whole:
-            self._fused(routing, plan, gate, (update_s, cold), seconds)
+            self._fused(routing, plan, gate, (update_s, waited), seconds)
         else:
             host, now = world.waves(routing, plan, gate, seconds)
             now = world.await_cpu(now)
@@ -114,14 +120,16 @@ class GraphSteps:
     ) -> None:
         """All experts of an event in one graph, which waits for every copy it reads.
 
-        *telling* is what a warm host takes to tell the graph where they lie, and how cold it is.
+        *telling* is what a warm host takes to tell the graph where they lie, and how long it
+        has waited before.
         """
-        world, graph, (update_s, cold) = self._world, self._graph, telling
+        world, graph, (update_s, waited) = self._world, self._graph, telling
         decide = world.env.now
-        host = decide + graph.cold.longer(world.thinking_s(routing, plan), cold)
+        cold = self._planning_cold
+        host = decide + cold.longer(world.thinking_s(routing, plan), cold.weight(waited))
         issue_s = world.costs.copy_issue_s
         issuing = update_s + issue_s * sum(map(len, plan.waves)) + graph.launch_s
-        longer = graph.cold.longer(issuing, cold) / issuing
+        longer = graph.cold.longer(issuing, graph.cold.weight(waited)) / issuing
         if plan.served:
             seconds = world.served(routing, plan.served, seconds, self._graph.low_expert_s)
         work = sum(seconds.values())

@@ -32,6 +32,9 @@ HOST_MOST = 16 * MIB
 #: in so much that no address translation is remembered from one copy to the next.
 SPREAD_BYTES, FREE_SHARE = 8 * GIB, 0.25
 
+#: Experts have at least so many bytes.
+EXPERT_LEAST = MIB
+
 #: Bytes of one measurement of copies back to back.
 QUEUED_BYTES = 512 * MIB
 MOST_QUEUED = 64
@@ -46,6 +49,15 @@ class Table(NamedTuple):
     sizes_bytes: list[int]
     isolated_s: list[float]
     queued_s: list[float]
+
+    def longer(self, seconds: float) -> Table:
+        """The same with copies as large as experts are longer by *seconds* each."""
+        more = [seconds if size >= EXPERT_LEAST else 0.0 for size in self.sizes_bytes]
+        isolated, queued = (
+            [significant(a + b, 6) for a, b in zip(table, more, strict=True)]
+            for table in (self.isolated_s, self.queued_s)
+        )
+        return Table(self.sizes_bytes, isolated, queued)
 
 
 class Copies(NamedTuple):

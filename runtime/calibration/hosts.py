@@ -32,6 +32,9 @@ COLD_AFTER_S = 1e-4
 COLD_SHARES = tuple(i / 20 for i in range(31))
 COLD_MOST_S = (2e-5, 4e-5, 8e-5, 1.6e-4, 1.0)
 
+#: A wait behind which a host is cold, if it ever is: a policy with none is taken to be as ``lru``.
+LONG_S = 1e-3
+
 #: Rounds in which the time of a warm host and how much longer a cold one takes are settled.
 ROUNDS = 4
 
@@ -78,7 +81,8 @@ class Planning(NamedTuple):
 
     An event that misses anything takes *miss_s* more. Once the event has been launched,
     *prefetch_s* per prefetch, and *foresee_event_s* and *foresee_access_s* however many they
-    are. *residual_s* is the median miss of the first fit.
+    are. *residual_s* is the median miss of the first fit. Until its plan an event takes a warm
+    host so long; *cold* says what a wait adds.
     """
 
     event_s: float
@@ -89,6 +93,7 @@ class Planning(NamedTuple):
     foresee_event_s: float = 0.0
     foresee_access_s: float = 0.0
     residual_s: float = 0.0
+    cold: Cold = Cold()
 
     def seconds(self, counts: EventCounts) -> float:
         """What an event takes from its answer to its plan."""
@@ -106,7 +111,7 @@ class HostCosts(NamedTuple):
 
     *planning* by policy; then *launching_s*, the launch itself, *first_s* before the first
     demanded copy and *issue_s* for each, *tell_s* if the table has changed and *change_s* for
-    each entry. *missed* is the median miss of the second part as a share of it. These are a
+    each entry. *missed* is the median miss of this part as a share of it. These are a
     warm host's; *cold* says what a wait adds. *return_s* passes from the end of an event's work
     until the host can read the next answer.
     """
@@ -135,13 +140,16 @@ def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
     thought = {n: _means(of, ANSWERED, PLANNED, _planned_kind) for n, of in by_policy.items()}
     ahead = {n: _means(of, LAUNCHED, FETCHED, _fetched_kind) for n, of in by_policy.items()}
     launched = _means(runs, PLANNED, LAUNCHED, _launched_kind)
-    everything = [*thought.values(), launched]
-    tried = (Cold(share, COLD_AFTER_S, most) for share in COLD_SHARES for most in COLD_MOST_S)
-    cold = min(tried, key=lambda cold: sum(_missed(kinds, cold) for kinds in everything))
+    cold = _coldness(launched)
     found, off = _robust(launched, cold)
     launching_s, first_s, issue_s, tell_s, change_s = found.tolist()
     missed = float(np.median(off / np.maximum(launched.seconds, 1e-7)))
-    planning = {name: _planning(kinds, ahead[name], cold) for name, kinds in thought.items()}
+    colds = {name: _coldness(kinds) for name, kinds in thought.items() if _has_waits(kinds)}
+    others = colds.get("lru", Cold())
+    planning = {
+        name: _planning(kinds, ahead[name], colds.get(name, others))
+        for name, kinds in thought.items()
+    }
     return HostCosts(
         planning,
         launching_s,
@@ -204,6 +212,7 @@ def _planning(kinds: _Kinds, ahead: _Kinds, cold: Cold) -> Planning:
         foresee_event_s,
         foresee_access_s,
         residual_s=float(np.median(off)),
+        cold=cold,
     )
 
 
@@ -263,6 +272,17 @@ def _mean(values: Sequence[float]) -> float:
     """The mean of *values*, of which none counts as more than :data:`CLIP` medians."""
     most = CLIP * max(statistics.median(values), 1e-9)
     return statistics.fmean(min(value, most) for value in values)
+
+
+def _has_waits(kinds: _Kinds) -> bool:
+    """Whether *kinds* tell what a wait does: some waited for long, some did not."""
+    return bool(kinds.waits_s.max() > LONG_S > kinds.waits_s.min())
+
+
+def _coldness(kinds: _Kinds) -> Cold:
+    """What waits cost, as far as *kinds* tell."""
+    tried = (Cold(share, COLD_AFTER_S, most) for share in COLD_SHARES for most in COLD_MOST_S)
+    return min(tried, key=lambda cold: _missed(kinds, cold))
 
 
 def _missed(kinds: _Kinds, cold: Cold) -> float:
@@ -381,8 +401,8 @@ def _waiting(
         for counts, row, waited in zip(run.counts, lengths, waits, strict=True):
             for one, length, wait_s in zip(counts[1:-1], row, waited, strict=True):
                 if one.demand and not one.apart:
-                    cold = host.cold.weight(wait_s)
-                    known = host.cold.longer(planning.seconds(one), cold)
+                    cold = planning.cold
+                    known = cold.longer(planning.seconds(one), cold.weight(wait_s))
                     known += host.first_s + host.issue_s
                     groups.setdefault(one.demand, []).append(length - known)
     seconds = [_mean(found) for found in groups.values()]

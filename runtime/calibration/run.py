@@ -188,7 +188,10 @@ def _fused(found: Measured) -> dict[str, Any]:
 
 def _link(found: Measured) -> dict[str, Any]:
     copies = found.copies
-    link: dict[str, Any] = {"h2d": _direction(copies.h2d), "d2h": _direction(copies.d2h)}
+    h2d = copies.h2d
+    if found.runs is not None:
+        h2d = h2d.longer(found.runs.copy_longer_s)
+    link: dict[str, Any] = {"h2d": _direction(h2d), "d2h": _direction(copies.d2h)}
     return link | ({"wake_s": copies.wake_s} if copies.wake_s else {})
 
 
@@ -236,6 +239,8 @@ def _host(found: Measured) -> dict[str, Any]:
     for name, by_policy in parts.items():
         host[name] = significant(statistics.median(by_policy.values()))
         host[f"policy_{name}"] = by_policy
+    ahead["policy_cold_share"] = {n: p.cold.share for n, p in planning.items()}
+    ahead["policy_cold_most_s"] = {n: p.cold.most_s for n, p in planning.items()}
     return host | ahead | _captured(found)
 
 

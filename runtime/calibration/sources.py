@@ -118,8 +118,14 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
             f"{runs.misses.copy_s:.3e} s each; misses {runs.misses.missed:.1%} of an event"
         ),
         "host.miss_s": "median of policy_miss_s",
+        "link.h2d": (
+            f"pinned memory, means of {PASSES} passes of medians, CUDA events; from 1 MiB on and "
+            f"{runs.copy_longer_s:.1e} s, which copies take longer in whole runs"
+        ),
         "host.return_s": "from prefetches issued to the next answer, of events whose answer waited",
-        "host.cold_share": "fitted with policy_event_s to runs with short and with long waits",
+        "host.cold_share": "fitted with copy_issue_s to runs with short and with long waits",
+        "host.policy_cold_share": "the same with policy_event_s; as lru where none was long",
+        "host.policy_cold_most_s": "fitted with policy_cold_share, one of few lengths",
         "host.cold_after_s": "the wait from which on cold_share was fitted",
         "host.cold_most_s": "fitted with cold_share, one of few lengths",
         "host.step_s": "steps of whole runs that miss experts, less their layers",
