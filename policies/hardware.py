@@ -124,20 +124,19 @@ class Host:
     *gate_sync_s* from a gate's last kernel until the host has its answer, *event_s* for policy
     and planner per event, *step_s* for a step's work outside its layers.
 
-    *graph_launch_s* is the time of one graph replay, from an event's plan on; above 0,
-    decode steps run as captured graphs, one from each gate to the next. Where any entry of the
-    table changes that tells the graph where experts lie, that takes *table_tell_s*, and
-    *table_update_s* for each. Policy
-    and planner may take *access_s* more for each distinct expert of an event, *move_s* for
-    each demanded move and *prefetch_s* for each prefetch, and every event that misses anything
-    *miss_s* before the first of its copies is issued. What a table *policy_...* says of a
-    policy takes the place of the figure for all. Prefetches are decided on when an event has
+    *graph_launch_s* is the time of one graph replay, from an event's plan on; above 0, decode
+    steps run as captured graphs, one from each gate to the next. Where any entry of the table
+    changes that tells the graph where experts lie, that takes *table_tell_s*, and
+    *table_update_s* for each. Policy and planner may take *access_s* more for each distinct
+    expert of an event, *move_s* for each demanded move, *prefetch_s* for each prefetch, and
+    *miss_s*, before the first copy is issued, for an event that misses anything. A table
+    *policy_...* says the same of single policies. Prefetches are decided on when an event has
     been launched: what that takes however many they are is *policy_foresee_event_s*, and
-    *policy_foresee_access_s* for each distinct expert; none for a policy that they do not name.
+    *policy_foresee_access_s* for each distinct expert; none for a policy not named there.
     From there, and from issuing them, it is *return_s* until the host can read the next answer.
 
     A host that has waited w seconds for a graph's answer finds less of what it needs in its
-    caches: the first *cold_most_s* of what it then plans, and of what it issues, take
+    caches: the first *cold_most_s* of what it then plans, and of what it issues and launches, take
     1 + *cold_share* ln(1 + w / *cold_after_s*) times as long.
     """
 
