@@ -10,14 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from policies.link_times import Link
 from policies.tables import build, leaves
 from traces.errors import InputError
 from traces.names import did_you_mean
@@ -41,62 +39,6 @@ SWIGLU_MATRICES = 3
 def _by_name() -> Any:
     """A field of a figure, at least 0, by the name of what it is about; none is said at first."""
     return field(default_factory=dict, hash=False, metadata={"least": 0})
-
-
-@dataclass(frozen=True)
-class CopyTable:
-    """Seconds of one copy by its size, interpolated between what was measured."""
-
-    sizes_bytes: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.sizes_bytes) != len(self.seconds) or len(self.seconds) < 2:
-            raise InputError(
-                f"{len(self.sizes_bytes)} sizes_bytes and {len(self.seconds)} seconds, "
-                "expected as many of each and at least 2"
-            )
-        if any(a >= b for a, b in pairwise(self.sizes_bytes)):
-            raise InputError("sizes_bytes are not rising")
-        if self._monotone[-1] <= self._monotone[-2]:
-            raise InputError("the last of seconds is not the longest")
-
-    @cached_property
-    def _monotone(self) -> tuple[float, ...]:
-        """The seconds, lowered where a larger copy was measured to be faster."""
-        return tuple(min(self.seconds[i:]) for i in range(len(self.seconds)))
-
-    def copy_s(self, size_bytes: float) -> float:
-        """Seconds of a copy of *size_bytes*; beyond either end the nearest segment goes on."""
-        sizes, seconds = self.sizes_bytes, self._monotone
-        i = min(max(bisect_right(sizes, size_bytes) - 1, 0), len(sizes) - 2)
-        slope = (seconds[i + 1] - seconds[i]) / (sizes[i + 1] - sizes[i])
-        return max(seconds[i] + (size_bytes - sizes[i]) * slope, 0.0)
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One direction of the link: *isolated* copies into an idle engine, *queued* back to back."""
-
-    isolated: CopyTable
-    queued: CopyTable
-
-    def copy_s(self, size_bytes: float, queued: bool) -> float:
-        """Seconds the copy engine needs for *size_bytes*, right behind another copy or not."""
-        table = self.queued if queued else self.isolated
-        return table.copy_s(size_bytes)
-
-
-@dataclass(frozen=True)
-class Link:
-    """Host and GPU are joined by one engine each way; they do not slow each other down.
-
-    *wake_s* passes from the end of a copy until a stream that waits for it goes on.
-    """
-
-    h2d: Direction
-    d2h: Direction
-    wake_s: float = field(default=0.0, metadata={"least": 0})
 
 
 @dataclass(frozen=True)
@@ -124,22 +66,21 @@ class Host:
     *gate_sync_s* from a gate's last kernel until the host has its answer, *event_s* for policy
     and planner per event, *step_s* for a step's work outside its layers.
 
-    *graph_launch_s* is the time of one graph replay, from an event's plan on; above 0,
-    decode steps run as captured graphs, one from each gate to the next. Where any entry of the
-    table changes that tells the graph where experts lie, that takes *table_tell_s*, and
-    *table_update_s* for each. Policy
-    and planner may take *access_s* more for each distinct expert of an event, *move_s* for
-    each demanded move and *prefetch_s* for each prefetch, and every event that misses anything
-    *miss_s* before the first of its copies is issued. What a table *policy_...* says of a
-    policy takes the place of the figure for all. Prefetches are decided on when an event has
+    *graph_launch_s* is the time of one graph replay, from an event's plan on; above 0, decode
+    steps run as captured graphs, one from each gate to the next. Where any entry of the table
+    changes that tells the graph where experts lie, that takes *table_tell_s*, and
+    *table_update_s* for each. Policy and planner may take *access_s* more for each distinct
+    expert of an event, *move_s* for each demanded move, *prefetch_s* for each prefetch, and
+    *miss_s*, before the first copy is issued, for an event that misses anything. A table
+    *policy_...* says the same of single policies. Prefetches are decided on when an event has
     been launched: what that takes however many they are is *policy_foresee_event_s*, and
-    *policy_foresee_access_s* for each distinct expert; none for a policy that they do not name.
+    *policy_foresee_access_s* for each distinct expert; none for a policy not named there.
     From there, and from issuing them, it is *return_s* until the host can read the next answer.
 
     A host that has waited w seconds for a graph's answer finds less of what it needs in its
-    caches: the first *cold_most_s* of what it then issues take 1 + *cold_share*
-    ln(1 + w / *cold_after_s*) times as long; of what it plans, by policy, the first
-    *policy_cold_most_s* with *policy_cold_share*.
+    caches: the first *cold_most_s* of what it then issues and launches take 1 +
+    *cold_share* ln(1 + w / *cold_after_s*) times as long; of what it plans, by
+    policy, the first *policy_cold_most_s* with *policy_cold_share*.
     """
 
     copy_issue_s: float

@@ -41,13 +41,12 @@ class GraphSteps:
         env, pending, planner = world.env, world.link.pending, world.planner
         sync_s = world.costs.sync_s
         return_s = graph.return_s
-        attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s
-        attention += graph.more_s(planner.policy.name)
+        more = graph.more_s(planner.policy.name)
+        attention = graph.attention_s(step.size, step.kv_tokens) + world.following.gather_s + more
         one = graph.expert_s(1) if step.size == 1 else 0.0
         ideal_s = 0.0
         event = world.events
-        self._untold.fetched(begun)
-        self._launch_first()
+        self._launch_first(begun)
         for layer, experts in enumerate(step.demand):
             gate = world.gpu_free_s + attention
             decide = gate + sync_s
@@ -76,7 +75,9 @@ class GraphSteps:
         world.events = event
         accesses = sum(map(len, step.demand))
         world.accesses += accesses
-        self._finish(attention, ideal_s + world.costs.least_access_s * accesses, len(step.demand))
+        # With everything resident another policy could do without what this one's layers have more.
+        ideal_s += world.costs.least_access_s * accesses - more * len(step.demand)
+        self._finish(attention, ideal_s, len(step.demand))
 
     def _quiet_s(self, experts: int, waited: float) -> float:
         """From the answer to the launch of an event for which nothing is to be done."""
@@ -84,9 +85,10 @@ class GraphSteps:
         thinking = cold.longer(world.event_s + world.access_s * experts, cold.weight(waited))
         return thinking + graph.cold.longer(graph.launch_s, graph.cold.weight(waited))
 
-    def _launch_first(self) -> None:
+    def _launch_first(self, begun: Sequence[Move]) -> None:
         """The graph up to the first gate: the GPU moves KV, if anything, until it is launched."""
         world = self._world
+        self._untold.fetched(begun)
         start = max(world.host_free_s + self._graph.launch_s, world.gpu_free_s)
         world.host_s += start - world.gpu_free_s
         world.host_free_s = world.gpu_free_s = start

@@ -156,6 +156,11 @@ class RacingLanes(Lanes):
         self._copying.append((None, lambda: _copy(target, source)))
         return begin, self._mark(self._copying)
 
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
+        """Behind the first they land in any order, as a driver takes them that is given all."""
+        rest = self._random.sample(pairs[1:], len(pairs) - 1)
+        return super().copy_all([*pairs[:1], *rest])
+
     def passed(self, mark: Mark) -> bool:
         for _ in range(self._random.choice((0, 1, 5))):
             self._go_on()
@@ -167,8 +172,9 @@ class RacingLanes(Lanes):
     def copy_after_compute(self) -> None:
         self._copying.append((self.mark(), lambda: None))
 
-    def write(self, target: Tensor, at: int, value: int) -> None:
-        self.do(lambda: target.view(-1).__setitem__(at, value))
+    def write(self, target: Tensor, values: Sequence[tuple[int, int]]) -> None:
+        told = tuple(values)
+        self.do(lambda: super(RacingLanes, self).write(target, told))
 
     def read(self, mark: Mark) -> float:
         return 0.0
@@ -302,7 +308,10 @@ class Driver:
         self.truth = Truth(store)
         self.random = random.Random(case.seed + 1)
         self.draw = torch.Generator().manual_seed(case.seed)
-        self.events = self.waves = self.late = 0
+        #: Whether the copies of an event that is whole share their marks, as before a graph.
+        self.together = False
+        self.engine.copier.marks_each = self.random.random() < 0.2
+        self.events = self.waves = self.late = self.shared = 0
         self.served: set[str] = set()
         self.demand_bytes = 0
         self._checks: list[tuple[str, Tensor, Tensor]] = []
@@ -363,7 +372,8 @@ class Driver:
         step._experts[:, layer] = inputs[1].numpy()  # type: ignore[index]
         chosen = torch.unique(inputs[1]).tolist()
         routing = Routing(step, layer, [layer * case.experts + e for e in chosen], engine.events)
-        plan, late = engine.decide(routing)
+        self.together = self.random.random() < 0.5
+        plan, late = engine.decide(routing, together=self.together)
         self._note(plan, late)
         found = self.compute(routing, plan, late, sent)
         engine.after(plan, late)
@@ -385,6 +395,8 @@ class Driver:
         for service in (plan.served or {}).values():
             kind = "substitute" if isinstance(service, Substitute) else service.value
             self.served.add(kind)
+        if self.together and plan.whole and not self.engine.copier.marks_each:
+            self.shared += any(len(wave) > 1 for wave in plan.waves)
         for wave in plan.waves:
             self.demand_bytes += sum(map(self.engine.copier.size_of, wave))
 
@@ -393,7 +405,7 @@ class Driver:
     ) -> Tensor:
         """The event's output float32 [T, H], by one of the ways in which the runtime does it."""
         engine = self.engine
-        if plan.whole and self.random.random() < 0.5:
+        if plan.whole and self.together:
             engine.at_once(plan, late)
             out = torch.zeros_like(inputs[0])
             self._group(routing, inputs, out, -1)

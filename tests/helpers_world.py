@@ -33,6 +33,7 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
         miss_s=8.3e-6,
         access_s=1.3e-6,
         policy_access_s={"lru": 7e-7, "predictive": 2.1e-6},
+        policy_miss_s={"predictive": 1.4e-5},
         policy_event_s={"lru": 1.1e-5, "predictive": 4.7e-5},
         policy_move_s={"predictive": 3.9e-6},
         policy_prefetch_s={"predictive": 5.3e-6},
@@ -41,7 +42,11 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
     )
     floors = {"any": 1.9e-5}
     software = replace(
-        profile.software, layer_floor_s=floors, dense_efficiency=0.8, kv_efficiency={"any": 0.3}
+        profile.software,
+        layer_floor_s=floors,
+        dense_efficiency=0.8,
+        kv_efficiency={"any": 0.3},
+        policy_layer_s={"predictive": 3.3e-6},
     )
     link = replace(profile.link, wake_s=5.9e-6)
     expert = replace(profile.expert, fused_efficiency=0.7, fused_token_share=0.2)
@@ -152,6 +157,7 @@ class Machine:
         """
         graph = self.costs.graph
         attention = graph.attention_s(step.size, step.kv_tokens)
+        attention += self.costs.profile.software.policy_layer_s.get(self.planner.policy.name, 0.0)
         yield self.env.timeout(graph.launch_s)
         answer = self.env.process(self.after(self.env.timeout(0), attention + self.costs.sync_s))
         self.untold += self.entries(begun)

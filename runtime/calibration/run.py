@@ -212,17 +212,17 @@ def _planning(found: Measured) -> dict[str, Planning]:
         return alone
     # What an event that misses takes before its first copy is issued, planned or not.
     issuing_s = found.runs.host.first_s + found.runs.misses.start_s
-    in_runs = {
-        n: p._replace(miss_s=p.miss_s + issuing_s) for n, p in found.runs.host.planning.items()
-    }
-    return alone | in_runs
+    planning = alone | found.runs.host.planning
+    return {n: p._replace(miss_s=p.miss_s + issuing_s) for n, p in planning.items()}
 
 
 def _host(found: Measured) -> dict[str, Any]:
     planning = _planning(found)
+    # Replays alone do not tell what an event takes that misses anything.
+    missing = ("miss_s",) if found.runs else ()
     parts = {
         name: {n: significant(getattr(p, name)) for n, p in planning.items()}
-        for name in ("event_s", "access_s", "miss_s", "move_s", "prefetch_s")
+        for name in ("event_s", "access_s", *missing, "move_s", "prefetch_s")
     }
     ahead = {
         f"policy_{name}": {n: significant(getattr(p, name)) for n, p in planning.items()}

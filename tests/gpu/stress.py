@@ -46,10 +46,11 @@ class SlowLanes(CudaLanes):
         self.delay_cycles = lambda: draw.choice(CYCLES)
         self._draw = draw
 
-    def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
         with torch.cuda.stream(self._copies):
-            spoil(target)
-        return super().copy(target, source)
+            for target, _ in pairs:
+                spoil(target)
+        return super().copy_all(pairs)
 
     def launch(self, work: Callable[[], None]) -> None:
         """Give *work* to the computing lane, behind a pause now and then."""

@@ -55,9 +55,11 @@ def test_the_figures_are_of_this_world(measured):
     assert 2e9 < rate < 1e12
     for seconds in (host.copy_issue_s, host.graph_launch_s, host.gate_sync_s, host.step_s):
         assert 5e-7 < seconds < 1e-3
-    for seconds in (host.table_update_s, host.miss_s, profile.link.wake_s):
+    for seconds in (host.table_tell_s, host.table_update_s, host.miss_s, profile.link.wake_s):
         assert 0 <= seconds < 2e-4
     assert host.policy_event_s["lru"] < host.policy_event_s["predictive"] < 1e-3
+    assert set(host.policy_miss_s) == set(host.policy_event_s)
+    assert all(0 <= seconds < 1e-3 for seconds in software.policy_layer_s.values())
     assert set(software.layer_floor_s) == {*FAMILIES, "any"}
     assert all(5e-6 < seconds < 1e-3 for seconds in software.layer_floor_s.values())
     assert all(0.0005 < share <= 1 for share in software.kv_efficiency.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,20 +237,37 @@ def test_a_live_run_decides_like_the_simulator(policy: str, tmp_path: Path) -> N
 
 
 def test_changes_of_the_table_that_are_many():
-    """More than are written one by one: a kernel reads them from pinned memory, round its ring."""
-    from runtime.bank import ABSENT, RING, ExpertTable
+    """More than the driver takes in one call, and as many; later ones win."""
+    from runtime.bank import ABSENT, ExpertTable
+    from runtime.driver import MOST_WRITES
     from runtime.lanes import lanes_for
 
     table = ExpertTable(40, 300, lanes_for(torch.device("cuda")))
     draw = random.Random(1)
     expected = torch.full((12_000,), ABSENT, dtype=torch.int32)
-    sent = 0
-    for size in itertools.cycle((3, 12, 13, 500, 12_000)):
+    for size in (1, 3, MOST_WRITES - 1, MOST_WRITES, MOST_WRITES + 1, 500, 12_000, 3):
         for expert in draw.sample(range(12_000), size):
             expected[expert] = draw.randint(-1, 99)
             table.set(expert, int(expected[expert]))
         table.flush()
-        sent += size
-        if sent > 3 * RING:
-            break
     assert torch.equal(table.slots.cpu().view(-1), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_copies_handed_over_together_share_their_marks(count):
+    """The mark behind them is that of all, whatever the driver takes them as."""
+    from runtime.lanes import lanes_for
+
+    lanes = lanes_for(torch.device("cuda"), timed=True)
+    sources = [torch.full((2**18 + n,), n + 1.0).pin_memory() for n in range(count)]
+    targets = [torch.zeros(len(source), device="cuda") for source in sources]
+    # The lane that copies does not wait for the zeros by itself.
+    torch.cuda.synchronize()
+    begin, end = lanes.copy_all(list(zip(targets, sources, strict=True)))
+    lanes.compute_after(end)
+    found = [target.clone() for target in targets]
+    lanes.finish()
+    for target, source in zip(found, sources, strict=True):
+        assert torch.equal(target.cpu(), source)
+    assert lanes.passed(end)
+    assert lanes.read(begin) < lanes.read(end)

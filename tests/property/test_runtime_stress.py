@@ -81,6 +81,7 @@ def test_the_cases_meet_everything() -> None:
     assert sum(driver.events for driver in drivers) > 500
     assert sum(driver.waves for driver in drivers) > 50
     assert sum(driver.late for driver in drivers) > 50
+    assert sum(driver.shared for driver in drivers) > 50
     assert sum(driver.engine.copier.cancelled for driver in drivers) > 10
     services = set().union(*(driver.served for driver in drivers))
     assert services == {"low", "skip", "cpu", "substitute"}

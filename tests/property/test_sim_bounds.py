@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from policies.base import Context, Forecast, Policy
 from policies.forecasters.oracle import Oracle
-from policies.hardware import CopyTable, Direction, HardwareProfile
+from policies.hardware import HardwareProfile
+from policies.link_times import CopyTable, Direction
 from policies.registry import POLICIES
 from policies.routing import Routing
 from policies.testing import example_model

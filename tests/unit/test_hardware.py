@@ -181,7 +181,8 @@ def test_what_only_graphs_need_is_optional() -> None:
     assert H200.software.dense_efficiency == 1.0
     shown = set(leaves(H200, FIGURES))
     assert {path for path in shown if "graph" in path or "policy" in path} == set()
-    assert H200.host.miss_s == H200.link.wake_s == 0
+    assert H200.host.miss_s == H200.host.table_tell_s == H200.link.wake_s == 0
+    assert H200.host.policy_miss_s == H200.software.policy_layer_s == {}
     assert H200.software.kv_token_s == {}
     assert Costs(H200, model_sizes("olmoe")).graph is None
     assert hash(H200.host) == hash(load_profile("h200-pcie5").host)
@@ -288,6 +289,10 @@ def _toml(value: Any) -> str:
         (_set("software/kv_efficiency", {"any": 0}), "software.kv_efficiency.any is 0, expected"),
         (_set("software/kv_efficiency", {"olmoe": 1}), "'software.kv_efficiency.any' is missing"),
         (_set("software/kv_token_s", {"olmoe": 1}), "'software.kv_token_s.any' is missing"),
+        (_set("host/policy_miss_s", {"lru": -1}), "host.policy_miss_s.lru is -1, expected a"),
+        (_set("host/table_tell_s", -1), "host.table_tell_s is -1, expected a number of at least 0"),
+        (_set("host/table_rewrite_s", 1e-4), "unknown key 'host.table_rewrite_s', expected"),
+        (_set("software/policy_layer_s", {"mixed": "x"}), "software.policy_layer_s.mixed is 'x'"),
         (_set("link/wake_s", -1), "link.wake_s is -1, expected a number of at least 0"),
         (_set("link/wake_s", 1e-6), "sources: nothing is said of link.wake_s"),
         (_set("software/dense_efficiency", 0), "software.dense_efficiency is 0, expected a nu"),

@@ -87,24 +87,26 @@ def test_changes_show_when_flushed():
     assert table.slot(5) == int(table.slots[1, 1]) == 3
 
 
-def test_only_what_changes_is_written():
-    class Counting(HostLanes):
-        writes = 0
+def test_only_what_changes_is_written_and_all_of_it_at_once():
+    class Noting(HostLanes):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
 
-        def write(self, target, at, value):
-            self.writes += 1
-            super().write(target, at, value)
+        def write(self, target, values):
+            self.calls.append(sorted(values))
+            super().write(target, values)
 
-    lanes = Counting()
+    lanes = Noting()
     table = ExpertTable(3, 5, lanes)
-    draw, expected = random.Random(2), [ABSENT] * 15
-    writes = 0
+    draw, expected, calls = random.Random(2), [ABSENT] * 15, []
     for _ in range(200):
         before = list(expected)
         for expert in draw.choices(range(15), k=draw.randint(0, 20)):
             expected[expert] = draw.randint(-1, 1)
             table.set(expert, expected[expert])
         table.flush()
-        writes += sum(a != b for a, b in zip(before, expected, strict=True))
+        changed = [(e, now) for e, now in enumerate(expected) if now != before[e]]
+        calls += [changed] if changed else []
         assert table.slots.view(-1).tolist() == expected
-        assert lanes.writes == writes
+        assert lanes.calls == calls

@@ -70,6 +70,42 @@ def test_demand_overtakes_what_is_not_issued():
     assert link.issued == [1, 2, 4, 3]
 
 
+def test_demand_that_is_awaited_together_shares_its_marks():
+    link = Link()
+    link.copier.prefetch([prefetch(1, 0)])
+    link.copier.demand([demand(n, n - 1, victim=1) for n in (2, 3, 4)], together=True)
+    assert link.issued == [1, 2, 3, 4]
+    flights = link.copier.issued
+    assert [len(copied.moves) for copied in flights] == [1, 3]
+    assert not link.copier.pending
+    assert not link.lanes.passed(flights[1].end)
+    link.copier.wait(2)
+    assert [link.holds(slot) for slot in range(4)] == [1, 2, 3, 4]
+    size = link.store.layout.size_bytes
+    assert (link.copier.demand_bytes, link.copier.prefetch_bytes) == (3 * size, size)
+    link.copier.settle([2, 3, 4])
+    link.copier.poll()
+    assert link.copier.arriving([2, 3, 4]) == []
+
+
+@pytest.mark.parametrize(("together", "each"), [(True, True), (False, False), (False, True)])
+def test_copies_may_have_marks_of_their_own(together, each):
+    """Where each is waited for alone, or somebody wants to know of each when it landed."""
+    link = Link()
+    link.copier.marks_each = each
+    link.copier.demand([demand(n, n) for n in range(3)], together=together)
+    assert [len(copied.moves) for copied in link.copier.issued] == [1, 1, 1]
+    link.copier.wait(1)
+    assert [link.holds(slot) for slot in range(3)] == [0, 1, None]
+
+
+def test_what_was_issued_together_counts_as_one_on_its_way():
+    link = Link(depth=2)
+    link.copier.demand([demand(n, n) for n in range(3)], together=True)
+    link.copier.prefetch([prefetch(4, 3), prefetch(5, 0)])
+    assert link.issued == [0, 1, 2, 4]
+
+
 def test_depth():
     for depth in (1, 3):
         link = Link(depth=depth)
@@ -160,6 +196,23 @@ def test_host_lanes_land_when_asked_often_enough():
     assert target.tolist() == [1.0] * 4
     assert lanes.passed(begin)
     assert 0 < lanes.read(begin) <= lanes.read(end) <= lanes.now()
+
+
+def test_host_lanes_copy_all_between_two_marks():
+    lanes = HostLanes(lag=lambda: 1)
+    targets = [torch.zeros(2) for _ in range(3)]
+    begin, end = lanes.copy_all([(t, torch.full((2,), n + 1.0)) for n, t in enumerate(targets)])
+    assert not lanes.passed(end)
+    assert [float(t[0]) for t in targets] == [0.0, 0.0, 0.0]
+    assert lanes.passed(end)
+    assert [float(t[1]) for t in targets] == [1.0, 2.0, 3.0]
+    assert 0 < lanes.read(begin) <= lanes.read(end)
+
+
+def test_host_lanes_write_what_they_are_given():
+    table = torch.zeros(2, 3, dtype=torch.int32)
+    HostLanes().write(table, [(4, -1), (0, 7), (4, 5)])
+    assert table.tolist() == [[7, 0, 0], [0, 5, 0]]
 
 
 def test_host_lanes_land_in_order():

@@ -62,7 +62,8 @@ def test_the_gpu_works_while_prefetches_are_decided(looking_s: float) -> None:
     world = simulate("predictive", one_layer([[0, 1], [0, 1]]), 4, profile, forecaster=Oracle())
     graph = world.costs.graph
     assert graph is not None
-    expected = graph.launch_s + graph.attention_s(1, 2) + chain_s(GRAPHS, "predictive")
+    attention = graph.attention_s(1, 2) + graph.more_s("predictive")
+    expected = graph.launch_s + attention + chain_s(GRAPHS, "predictive")
     expected += max(2 * graph.expert_s(1), looking_s) + GRAPHS.host.step_s
     assert world.decode_step_s[1] == pytest.approx(expected, rel=1e-12)
 
@@ -81,10 +82,71 @@ def test_missed_experts_are_planned_issued_and_awaited_before_the_graph_runs() -
     issued += host.miss_s
     landed = issued + costs.idle_copy_s(3000) + costs.queued_copy_s(3000)
     landed += GRAPHS.link.wake_s
-    launched = issued + 2 * host.copy_issue_s + 2 * host.table_update_s + host.graph_launch_s
+    launched = issued + 2 * host.copy_issue_s + host.graph_launch_s
+    launched += host.table_tell_s + 2 * host.table_update_s
     assert landed > launched, "the copies should be what is waited for"
     assert world.stall_demand_s == pytest.approx(landed - launched, rel=1e-12)
     assert world.total_s == pytest.approx(landed + 2 * graph.expert_s(1) + host.step_s, rel=1e-12)
+
+
+def test_the_table_is_told_in_one_call() -> None:
+    graph = GraphCosts(GRAPHS, example_model(1, 8, 2))
+    host = GRAPHS.host
+    told = [graph.table_s(changes) for changes in (0, 1, 300)]
+    assert told[0] == 0.0
+    assert told[1:] == pytest.approx(
+        [host.table_tell_s + host.table_update_s, host.table_tell_s + 300 * host.table_update_s]
+    )
+
+
+@pytest.mark.parametrize("miss_s", [0.0, 2e-3])
+def test_a_policy_has_its_own_time_for_an_event_that_misses(miss_s: float) -> None:
+    """Once, however many it misses; and not where nothing is missed."""
+    mine = replace(GRAPHS, host=replace(GRAPHS.host, policy_miss_s={"lru": miss_s}))
+    trace = one_layer([[0, 1], [0, 1], [1, 2]])
+    ours, plain, other = (
+        simulate(name, trace, 8, profile)
+        for name, profile in (("lru", mine), ("lru", GRAPHS), ("fifo", mine))
+    )
+    more = miss_s - GRAPHS.host.miss_s
+    assert ours.decode_step_s[0] - plain.decode_step_s[0] == pytest.approx(more)
+    assert ours.decode_step_s[1] == pytest.approx(plain.decode_step_s[1])
+    assert ours.decode_step_s[2] - plain.decode_step_s[2] == pytest.approx(more)
+    assert other.costs.miss_s("fifo") == GRAPHS.host.miss_s
+    assert other.total_s == simulate("fifo", trace, 8, GRAPHS).total_s
+
+
+def test_layers_take_longer_under_a_policy_whose_graphs_have_more_kernels() -> None:
+    """Every layer of a decode step, as the policy is told; no bound knows of it."""
+    layer_s = 3e-4
+    software = replace(GRAPHS.software, policy_layer_s={"lru": layer_s})
+    slower = replace(GRAPHS, software=software)
+    trace = random_trace(9, prefill=0)
+    ours, plain = (simulate("lru", trace, 18, profile) for profile in (slower, GRAPHS))
+    assert ours.attention_s - plain.attention_s == pytest.approx(layer_s * ours.events)
+    quiet = (simulate("lru", one_layer([[0, 1], [0, 1]]), 4, p) for p in (slower, GRAPHS))
+    steps = [world.decode_step_s[1] for world in quiet]
+    assert steps[0] - steps[1] == pytest.approx(layer_s)
+    assert ours.compute_bound_s == pytest.approx(plain.compute_bound_s, rel=1e-12)
+    others = [simulate("fifo", trace, 18, profile).total_s for profile in (slower, GRAPHS)]
+    assert others[0] == others[1]
+    for costs, more in ((ours.costs, layer_s), (plain.costs, 0.0)):
+        assert costs.layer_s("lru") - plain.costs.layer_s("lru") == pytest.approx(more)
+
+
+def test_a_cold_host_launches_later_too() -> None:
+    """The host waits while the GPU works; then planning and the launch take longer."""
+    slow = replace(GRAPHS, software=replace(GRAPHS.software, layer_floor_s={"any": 1e-2}))
+    host = replace(slow.host, cold_share=0.3, cold_after_s=1e-4, cold_most_s=1.0)
+    trace = one_layer([[0, 1], [0, 1]])
+    worlds = [simulate("lru", trace, 4, replace(slow, host=h)) for h in (host, slow.host)]
+    graph = worlds[0].costs.graph
+    assert graph is not None
+    # From the step's first launch until its gate has answered.
+    weight = graph.cold.weight(graph.attention_s(1, 2) + host.gate_sync_s - host.return_s)
+    warm = chain_s(slow, "lru") - host.gate_sync_s
+    longer = worlds[0].decode_step_s[1] - worlds[1].decode_step_s[1]
+    assert longer == pytest.approx(weight * warm, rel=1e-9)
 
 
 def test_prefill_stays_eager() -> None:
