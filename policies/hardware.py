@@ -75,7 +75,9 @@ class Host:
     *policy_...* says the same of single policies. Prefetches are decided on when an event has
     been launched: what that takes however many they are is *policy_foresee_event_s*, and
     *policy_foresee_access_s* for each distinct expert; none for a policy not named there.
-    From there, and from issuing them, it is *return_s* until the host can read the next answer.
+    Each is then handed over in *prefetch_issue_s* (0: in *copy_issue_s*), and issued once few
+    enough are on their way; one that an event has to issue itself takes it *copy_issue_s*. From
+    there it is *return_s* until the host can read the next answer.
 
     A host that has waited w seconds for a graph's answer finds less of what it needs in its
     caches: the first *cold_most_s* of what it then issues and launches take 1 +
@@ -97,6 +99,7 @@ class Host:
     prefetch_s: float = field(default=0.0, metadata={"least": 0})
     miss_s: float = field(default=0.0, metadata={"least": 0})
     return_s: float = field(default=0.0, metadata={"least": 0})
+    prefetch_issue_s: float = field(default=0.0, metadata={"least": 0})
     cold_share: float = field(default=0.0, metadata={"least": 0})
     cold_after_s: float = 1e-4
     cold_most_s: float = 1.0

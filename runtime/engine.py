@@ -102,6 +102,8 @@ class Engine:
             needed = self._used(routing, plan)
         late = self.copier.arriving(needed) if self.copier.pending else []
         self.late += len(late)
+        if self.clock is not None:
+            self.clock.late.append(len(late))
         if plan.waves:
             self._demand(plan.waves[0], together=together and plan.whole)
         if self.on_event is not None:

@@ -26,13 +26,15 @@ class EventClock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self._at = array("d")
+        #: For each event the held copies that were still on their way when it asked for them.
+        self.late = array("q")
 
     def note(self) -> None:
         """An answer, its plan, the launch of what follows, its prefetches: in turns."""
         self._at.append(self._now())
 
     def take(self, layers: int) -> Times:
-        """Seconds [steps, layers, 4] since the last time, which are then forgotten."""
+        """Seconds [steps, layers, 4] since the last time; all is then forgotten."""
         times = np.array(self._at, dtype=np.float64)
-        self._at = array("d")
+        self._at, self.late = array("d"), array("q")
         return times.reshape(-1, layers, 4)

@@ -137,7 +137,10 @@ class GraphSteps:
         work = sum(seconds.values())
         awaited = []
         if world.link.pending:
+            world.link.advance(decide)
+            queued = len(world.link)
             awaited = [move for move, _ in world.late_moves(seconds, decide)]
+            host += issue_s * longer * (queued - len(world.link))
         for wave in plan.waves:
             host = world.link.demand(wave, host, issue_s * longer)
             awaited += wave

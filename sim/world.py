@@ -141,7 +141,7 @@ class World:
         if moves:
             self.link.advance(self.host_free_s)
             planned = self.host_free_s + self.prefetch_s * len(moves)
-            self.host_free_s = self.link.prefetch(moves, planned, self.costs.copy_issue_s)
+            self.host_free_s = self.link.prefetch(moves, planned, self.costs.prefetch_issue_s)
         return moves
 
     def _layers(self, step: Step) -> Generator[simpy.Event, None, None]:
@@ -219,7 +219,7 @@ class World:
         event_s, access_s = self._foresee_s
         looking_s = event_s + access_s * len(routing.experts) + self.prefetch_s * len(moves)
         host = self.host_free_s + looking_s
-        self.host_free_s = self.link.prefetch(moves, host, self.costs.copy_issue_s)
+        self.host_free_s = self.link.prefetch(moves, host, self.costs.prefetch_issue_s)
 
     def thinking_s(self, routing: Routing, plan: Plan) -> float:
         """What the host takes to plan an event, from its gate's answer on, in warm caches."""

@@ -31,6 +31,7 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
         move_s=2.7e-6,
         prefetch_s=1.7e-6,
         miss_s=8.3e-6,
+        prefetch_issue_s=5.9e-6,
         access_s=1.3e-6,
         policy_access_s={"lru": 7e-7, "predictive": 2.1e-6},
         policy_miss_s={"predictive": 1.4e-5},
@@ -102,6 +103,8 @@ class Machine:
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
         self.miss_s = costs.miss_s(planner.policy.name)
+        #: Prefetches that the present event had to issue itself.
+        self.wanted = 0
         self.move_s = costs.move_s(planner.policy.name)
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self.foresee_event_s, self.foresee_access_s = costs.foresee_s(planner.policy.name)
@@ -198,6 +201,7 @@ class Machine:
         graph = self.costs.graph
         waiting = self.late_ones(routing, plan)
         yield self.env.timeout(self.thinking(routing, plan))
+        yield self.env.timeout(self.costs.copy_issue_s * self.wanted)
         for wave in plan.waves:
             waiting += yield from self.submit(wave, urgent=True)
         demanded = [move for wave in plan.waves for move in wave]
@@ -234,6 +238,7 @@ class Machine:
         missed = set(plan.missed)
         held = [e for e in routing.experts if e not in missed]
         waiting = [self.on_the_way[e] for e in held if self.flies(e)]
+        self.wanted = sum(not transfer.issued for transfer in waiting)
         for transfer in waiting:
             self.late += 1
             if not transfer.issued:
@@ -301,5 +306,6 @@ class Machine:
             made.append(Transfer(self, move, urgent))
             if not urgent:
                 self.on_the_way[move.copy] = made[-1]
-            yield self.env.timeout(self.costs.copy_issue_s)
+            costs = self.costs
+            yield self.env.timeout(costs.copy_issue_s if urgent else costs.prefetch_issue_s)
         return made

@@ -17,7 +17,8 @@ import numpy as np
 
 from policies.graph_costs import Cold
 from runtime.calibration.fits import Floats, line, nonnegative
-from runtime.eventclock import ANSWERED, FETCHED, LAUNCHED, PLANNED, Times
+from runtime.calibration.timed import EventCounts, TimedRun, layer_s
+from runtime.eventclock import ANSWERED, FETCHED, LAUNCHED, PLANNED
 
 #: Kinds of events that miss the first fit by more than so many times the median miss are left out.
 OUTLIER = 6.0
@@ -40,40 +41,6 @@ ROUNDS = 4
 
 #: Borders between waits that make events of another kind.
 WAITS_S = (2.5e-4, 4e-4, 7e-4, 1.2e-3, 2.5e-3, 6e-3)
-
-
-class EventCounts(NamedTuple):
-    """What one event did.
-
-    *demand* and *prefetch* are moves, *changes* the entries of the table of experts that its
-    graph had to be told of, *apart* whether its experts were computed before its graph.
-    """
-
-    accesses: int
-    demand: int
-    prefetch: int
-    changes: int
-    apart: bool = False
-
-    @property
-    def quiet(self) -> bool:
-        """Whether the host had nothing to do but to plan."""
-        return not (self.demand or self.prefetch or self.changes or self.apart)
-
-
-class TimedRun(NamedTuple):
-    """One run: *counts* of each event by step, *times* [steps, layers, 4] and steps' seconds."""
-
-    policy: str
-    counts: Sequence[Sequence[EventCounts]]
-    times: Times
-    step_s: Sequence[float]
-
-    def from_step(self, first: int) -> TimedRun:
-        """The same without its first steps."""
-        return self._replace(
-            counts=self.counts[first:], times=self.times[first:], step_s=self.step_s[first:]
-        )
 
 
 class Planning(NamedTuple):
@@ -113,7 +80,8 @@ class HostCosts(NamedTuple):
     demanded copy and *issue_s* for each, *tell_s* if the table has changed and *change_s* for
     each entry. *missed* is the median miss of this part as a share of it. These are a
     warm host's; *cold* says what a wait adds. *return_s* passes from the end of an event's work
-    until the host can read the next answer.
+    until the host can read the next answer, *prefetch_s* more for each prefetch that it hands
+    over.
     """
 
     planning: dict[str, Planning]
@@ -125,6 +93,7 @@ class HostCosts(NamedTuple):
     missed: float
     cold: Cold = Cold()
     return_s: float = 0.0
+    prefetch_s: float = 0.0
 
     def launching(self, counts: EventCounts) -> float:
         """What an event takes a warm host from its plan on."""
@@ -150,6 +119,7 @@ def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
         name: _planning(kinds, ahead[name], colds.get(name, others))
         for name, kinds in thought.items()
     }
+    return_s, prefetch_s = fit_return(runs)
     return HostCosts(
         planning,
         launching_s,
@@ -159,25 +129,31 @@ def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
         change_s,
         missed=missed,
         cold=cold,
-        return_s=fit_return(runs, issue_s),
+        return_s=return_s,
+        prefetch_s=prefetch_s,
     )
 
 
-def fit_return(runs: Sequence[TimedRun], issue_s: float) -> float:
-    """Median seconds from prefetches decided on to the next answer, less *issue_s* for each.
+def fit_return(runs: Sequence[TimedRun]) -> tuple[float, float]:
+    """Seconds from prefetches decided on to the next answer, and what each of them adds.
 
-    From events whose answer was there before: the host was late. Nothing if there are none.
-    A few waited for large copies besides.
+    From events whose answer was there before: the host was late. A line through the medians
+    by the number of prefetches, as one of them may have waited for a large copy besides.
+    Nothing if there are none.
     """
-    found = []
+    groups: dict[int, list[float]] = {}
     for run in runs:
         late_s = layer_s(run)
         for counts, times in zip(run.counts, run.times.tolist(), strict=True):
             for one, now, after in zip(counts, times, times[1:], strict=False):
-                busy_s = now[FETCHED] - now[LAUNCHED] + issue_s * one.prefetch
-                if one.prefetch and not (one.demand or one.apart) and busy_s > late_s:
-                    found.append(after[ANSWERED] - now[FETCHED] - issue_s * one.prefetch)
-    return max(statistics.median(found), 0.0) if found else 0.0
+                busy = now[FETCHED] - now[LAUNCHED] > late_s
+                if busy and one.prefetch and not (one.demand or one.apart or one.late):
+                    groups.setdefault(one.prefetch, []).append(after[ANSWERED] - now[FETCHED])
+    if not groups:
+        return 0.0, 0.0
+    weights = [float(len(found)) for found in groups.values()]
+    found = line(list(groups), [statistics.median(g) for g in groups.values()], weights)
+    return found.alpha, found.beta
 
 
 def _planned_kind(one: EventCounts) -> tuple[int, ...]:
@@ -185,8 +161,10 @@ def _planned_kind(one: EventCounts) -> tuple[int, ...]:
     return one.accesses, one.demand > 0, one.demand
 
 
-def _launched_kind(one: EventCounts) -> tuple[int, ...]:
-    """What launching depends on, once an event is planned."""
+def _launched_kind(one: EventCounts) -> tuple[int, ...] | None:
+    """What launching depends on, once an event is planned; None where it issued prefetches."""
+    if one.late:
+        return None
     return one.demand > 0, one.demand, one.changes > 0, one.changes
 
 
@@ -245,7 +223,7 @@ def _means(
     runs: Sequence[TimedRun],
     begin: int,
     end: int,
-    kind_of: Callable[[EventCounts], tuple[int, ...]],
+    kind_of: Callable[[EventCounts], tuple[int, ...] | None],
 ) -> _Kinds:
     """Means of the stretch from *begin* to *end*, by kind and by how long the host waited before.
 
@@ -258,8 +236,9 @@ def _means(
         waits = (run.times[:, 1:, ANSWERED] - run.times[:, :-1, FETCHED]).tolist()
         for counts, row, waited in zip(run.counts, stretches, waits, strict=True):
             for one, seconds, wait_s in zip(counts[1:], row, waited, strict=True):
-                if not one.apart:
-                    kind = (*kind_of(one), int(np.searchsorted(WAITS_S, wait_s)))
+                known = None if one.apart else kind_of(one)
+                if known is not None:
+                    kind = (*known, int(np.searchsorted(WAITS_S, wait_s)))
                     groups.setdefault(kind, []).append((seconds, wait_s))
     seconds = np.array([_mean([s for s, _ in found]) for found in groups.values()])
     waits_s = np.array([statistics.fmean(w for _, w in found) for found in groups.values()])
@@ -303,26 +282,6 @@ def _robust(kinds: _Kinds, cold: Cold) -> tuple[Floats, Floats]:
         missed = off / np.maximum(kinds.seconds, 1e-7)
         kept = missed <= OUTLIER * max(float(np.median(missed)), 1e-6)
     return found, off
-
-
-def quiet_layer_s(times: Times, quiet: Callable[[int, int], bool] = lambda s, e: True) -> float:
-    """Median seconds from a launch to the next answer of the same step: the device's layer.
-
-    *quiet* tells, by step and event, whose graph waited for nothing.
-    """
-    lengths = (times[:, 1:, ANSWERED] - times[:, :-1, LAUNCHED]).tolist()
-    kept = [
-        length
-        for step, row in enumerate(lengths)
-        for event, length in enumerate(row)
-        if quiet(step, event)
-    ]
-    return statistics.median(kept) if kept else math.nan
-
-
-def layer_s(run: TimedRun) -> float:
-    """The device's seconds of a layer of *run*: events that moved nothing. NaN without any."""
-    return quiet_layer_s(run.times, lambda step, event: run.counts[step][event].quiet)
 
 
 def more_layer_s(runs: Sequence[TimedRun], plain_s: float) -> dict[str, float]:

@@ -11,7 +11,6 @@ import torch
 
 from runtime.calibration.bench import Bench
 from runtime.calibration.fits import line
-from runtime.calibration.hosts import quiet_layer_s
 from runtime.calibration.shapes import (
     FAMILIES,
     FEW_LAYERS,
@@ -30,6 +29,7 @@ from runtime.calibration.shapes import (
     tiny_dimensions,
     with_published_heads,
 )
+from runtime.calibration.timed import quiet_layer_s
 from runtime.eventclock import EventClock, Times
 from traces.sizes import Dimensions
 

@@ -258,6 +258,7 @@ def _captured(found: Measured) -> dict[str, Any]:
         "table_tell_s": significant(runs.host.tell_s),
         "table_update_s": significant(runs.host.change_s),
         "return_s": significant(runs.host.return_s),
+        "prefetch_issue_s": significant(runs.host.prefetch_s),
         "cold_share": runs.host.cold.share,
         "cold_after_s": runs.host.cold.after_s,
         "cold_most_s": runs.host.cold.most_s,

@@ -21,16 +21,14 @@ from runtime.calibration.bench import Bench
 from runtime.calibration.copies import Copies
 from runtime.calibration.fits import line
 from runtime.calibration.hosts import (
-    EventCounts,
     HostCosts,
     Misses,
-    TimedRun,
     fit_host,
     fit_misses,
-    layer_s,
     more_layer_s,
     rest_of_step,
 )
+from runtime.calibration.timed import EventCounts, TimedRun, layer_s
 from runtime.eventclock import EventClock
 from runtime.load import fitting
 from runtime.session import ReplaySession
@@ -112,9 +110,13 @@ class _Session(ReplaySession):
         with fitting(self.device):
             prepared = self.prepare(policy, Budget(cache=cache))
             world, _ = self._run(prepared, iter, mark_every=0, clock=clock)
+        layers, late = self.model.layers, iter(clock.late.tolist())
         with no_garbage_collection():
-            counts = list(counts_of(self.prepare(policy, Budget(cache=cache))))
-        return TimedRun(policy, counts, clock.take(self.model.layers), list(world.decode_step_s))
+            counts = [
+                [one._replace(late=next(late)) for one in step]
+                for step in counts_of(self.prepare(policy, Budget(cache=cache)))
+            ]
+        return TimedRun(policy, counts, clock.take(layers), list(world.decode_step_s))
 
 
 def counts_of(prepared: Prepared) -> Iterator[list[EventCounts]]:

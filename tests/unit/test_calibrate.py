@@ -41,17 +41,13 @@ from runtime.calibration.experts import (  # noqa: E402
 )
 from runtime.calibration.fits import ExpertTime, Line, Thinking  # noqa: E402
 from runtime.calibration.hosts import (  # noqa: E402
-    EventCounts,
     HostCosts,
     Misses,
     Planning,
-    TimedRun,
     fit_host,
     fit_misses,
     fit_return,
-    layer_s,
     more_layer_s,
-    quiet_layer_s,
     rest_of_step,
 )
 from runtime.calibration.kernels import (  # noqa: E402
@@ -86,6 +82,12 @@ from runtime.calibration.shapes import (  # noqa: E402
     offloaded,
     tiny_dimensions,
     with_published_heads,
+)
+from runtime.calibration.timed import (  # noqa: E402
+    EventCounts,
+    TimedRun,
+    layer_s,
+    quiet_layer_s,
 )
 from runtime.calibration.toml import dumps  # noqa: E402
 from runtime.steps import ReplayedSteps  # noqa: E402
