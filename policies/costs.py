@@ -43,6 +43,8 @@ class Costs:
         self.least_event_s = min((host.event_s, *host.policy_event_s.values()))
         self.least_access_s = min((host.access_s, *host.policy_access_s.values()))
         self.copy_issue_s = host.copy_issue_s
+        #: Host seconds that an event takes for a prefetch that it has to issue itself.
+        self.late_issue_s = host.late_issue_s or host.copy_issue_s
         #: Host seconds to hand over a prefetch, once it is decided on.
         self.prefetch_issue_s = host.prefetch_issue_s or host.copy_issue_s
         #: From a copy's end until a stream that waits for it goes on.

@@ -76,8 +76,8 @@ class Host:
     been launched: what that takes however many they are is *policy_foresee_event_s*, and
     *policy_foresee_access_s* for each distinct expert; none for a policy not named there.
     Each is then handed over in *prefetch_issue_s* (0: in *copy_issue_s*), and issued once few
-    enough are on their way; one that an event has to issue itself takes it *copy_issue_s*. From
-    there it is *return_s* until the host can read the next answer.
+    enough are on their way; one that an event has to issue itself takes it *late_issue_s* (0:
+    *copy_issue_s*). From there it is *return_s* until the host can read the next answer.
 
     A host that has waited w seconds for a graph's answer finds less of what it needs in its
     caches: the first *cold_most_s* of what it then issues and launches take 1 +
@@ -99,6 +99,7 @@ class Host:
     prefetch_s: float = field(default=0.0, metadata={"least": 0})
     miss_s: float = field(default=0.0, metadata={"least": 0})
     return_s: float = field(default=0.0, metadata={"least": 0})
+    late_issue_s: float = field(default=0.0, metadata={"least": 0})
     prefetch_issue_s: float = field(default=0.0, metadata={"least": 0})
     cold_share: float = field(default=0.0, metadata={"least": 0})
     cold_after_s: float = 1e-4

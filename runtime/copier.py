@@ -43,6 +43,8 @@ class Copier:
         self.pending: dict[int, Move] = {}
         self._marks: dict[int, Mark] = {}
         self.demand_bytes = self.prefetch_bytes = 0
+        #: Prefetches issued so far.
+        self.prefetches = 0
         self.cancelled = 0
         self.busy_s = 0.0
         #: Copies issued since somebody last emptied this list, if there is one.
@@ -131,6 +133,7 @@ class Copier:
                 self.demand_bytes += self.size_of(move)
             else:
                 self.prefetch_bytes += self.size_of(move)
+                self.prefetches += 1
 
     def _from(self, move: Move) -> Tensor:
         """Where the bytes of *move* lie on the host."""

@@ -94,6 +94,7 @@ class Engine:
         except Exception as error:
             self._raise_blamed(error)
         self.note()
+        issued = self.copier.prefetches
         self.events += 1
         self.accesses += len(routing.experts)
         if plan is NOTHING:
@@ -102,10 +103,11 @@ class Engine:
             needed = self._used(routing, plan)
         late = self.copier.arriving(needed) if self.copier.pending else []
         self.late += len(late)
-        if self.clock is not None:
-            self.clock.late.append(len(late))
         if plan.waves:
             self._demand(plan.waves[0], together=together and plan.whole)
+        if self.clock is not None:
+            self.clock.late.append(len(late))
+            self.clock.issued.append(self.copier.prefetches - issued)
         if self.on_event is not None:
             self.on_event(routing, plan, late)
         return plan, late

@@ -28,6 +28,8 @@ class EventClock:
         self._at = array("d")
         #: For each event the held copies that were still on their way when it asked for them.
         self.late = array("q")
+        #: For each event the prefetches that it issued before its launch.
+        self.issued = array("q")
 
     def note(self) -> None:
         """An answer, its plan, the launch of what follows, its prefetches: in turns."""
@@ -36,5 +38,5 @@ class EventClock:
     def take(self, layers: int) -> Times:
         """Seconds [steps, layers, 4] since the last time; all is then forgotten."""
         times = np.array(self._at, dtype=np.float64)
-        self._at, self.late = array("d"), array("q")
+        self._at, self.late, self.issued = array("d"), array("q"), array("q")
         return times.reshape(-1, layers, 4)

@@ -140,7 +140,7 @@ class GraphSteps:
             world.link.advance(decide)
             queued = len(world.link)
             awaited = [move for move, _ in world.late_moves(seconds, decide)]
-            host += issue_s * longer * (queued - len(world.link))
+            host += world.costs.late_issue_s * longer * (queued - len(world.link))
         for wave in plan.waves:
             host = world.link.demand(wave, host, issue_s * longer)
             awaited += wave

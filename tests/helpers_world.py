@@ -32,6 +32,7 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
         prefetch_s=1.7e-6,
         miss_s=8.3e-6,
         prefetch_issue_s=5.9e-6,
+        late_issue_s=3.3e-6,
         access_s=1.3e-6,
         policy_access_s={"lru": 7e-7, "predictive": 2.1e-6},
         policy_miss_s={"predictive": 1.4e-5},
@@ -201,7 +202,7 @@ class Machine:
         graph = self.costs.graph
         waiting = self.late_ones(routing, plan)
         yield self.env.timeout(self.thinking(routing, plan))
-        yield self.env.timeout(self.costs.copy_issue_s * self.wanted)
+        yield self.env.timeout(self.costs.late_issue_s * self.wanted)
         for wave in plan.waves:
             waiting += yield from self.submit(wave, urgent=True)
         demanded = [move for wave in plan.waves for move in wave]

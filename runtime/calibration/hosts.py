@@ -78,10 +78,10 @@ class HostCosts(NamedTuple):
 
     *planning* by policy; then *launching_s*, the launch itself, *first_s* before the first
     demanded copy and *issue_s* for each, *tell_s* if the table has changed and *change_s* for
-    each entry. *missed* is the median miss of this part as a share of it. These are a
-    warm host's; *cold* says what a wait adds. *return_s* passes from the end of an event's work
-    until the host can read the next answer, *prefetch_s* more for each prefetch that it hands
-    over.
+    each entry, *late_s* for each prefetch that the event has to issue. *missed* is the median
+    miss of this part as a share of it. These are a warm host's; *cold* says what a wait adds.
+    *return_s* passes from the end of an event's work until the host can read the next answer,
+    *prefetch_s* more for each prefetch that it hands over.
     """
 
     planning: dict[str, Planning]
@@ -90,6 +90,7 @@ class HostCosts(NamedTuple):
     issue_s: float
     tell_s: float
     change_s: float
+    late_s: float
     missed: float
     cold: Cold = Cold()
     return_s: float = 0.0
@@ -99,7 +100,7 @@ class HostCosts(NamedTuple):
         """What an event takes a warm host from its plan on."""
         issued_s = self.first_s + self.issue_s * counts.demand if counts.demand else 0.0
         told_s = self.tell_s + self.change_s * counts.changes if counts.changes else 0.0
-        return self.launching_s + issued_s + told_s
+        return self.launching_s + issued_s + told_s + self.late_s * counts.issued
 
 
 def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
@@ -111,7 +112,7 @@ def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
     launched = _means(runs, PLANNED, LAUNCHED, _launched_kind)
     cold = _coldness(launched)
     found, off = _robust(launched, cold)
-    launching_s, first_s, issue_s, tell_s, change_s = found.tolist()
+    launching_s, first_s, issue_s, tell_s, change_s, late_s = found.tolist()
     missed = float(np.median(off / np.maximum(launched.seconds, 1e-7)))
     colds = {name: _coldness(kinds) for name, kinds in thought.items() if _has_waits(kinds)}
     others = colds.get("lru", Cold())
@@ -127,6 +128,7 @@ def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
         issue_s,
         tell_s,
         change_s,
+        late_s,
         missed=missed,
         cold=cold,
         return_s=return_s,
@@ -161,11 +163,9 @@ def _planned_kind(one: EventCounts) -> tuple[int, ...]:
     return one.accesses, one.demand > 0, one.demand
 
 
-def _launched_kind(one: EventCounts) -> tuple[int, ...] | None:
-    """What launching depends on, once an event is planned; None where it issued prefetches."""
-    if one.late:
-        return None
-    return one.demand > 0, one.demand, one.changes > 0, one.changes
+def _launched_kind(one: EventCounts) -> tuple[int, ...]:
+    """What launching depends on, once an event is planned."""
+    return one.demand > 0, one.demand, one.changes > 0, one.changes, one.issued
 
 
 def _fetched_kind(one: EventCounts) -> tuple[int, ...]:
@@ -223,7 +223,7 @@ def _means(
     runs: Sequence[TimedRun],
     begin: int,
     end: int,
-    kind_of: Callable[[EventCounts], tuple[int, ...] | None],
+    kind_of: Callable[[EventCounts], tuple[int, ...]],
 ) -> _Kinds:
     """Means of the stretch from *begin* to *end*, by kind and by how long the host waited before.
 
@@ -236,9 +236,8 @@ def _means(
         waits = (run.times[:, 1:, ANSWERED] - run.times[:, :-1, FETCHED]).tolist()
         for counts, row, waited in zip(run.counts, stretches, waits, strict=True):
             for one, seconds, wait_s in zip(counts[1:], row, waited, strict=True):
-                known = None if one.apart else kind_of(one)
-                if known is not None:
-                    kind = (*known, int(np.searchsorted(WAITS_S, wait_s)))
+                if not one.apart:
+                    kind = (*kind_of(one), int(np.searchsorted(WAITS_S, wait_s)))
                     groups.setdefault(kind, []).append((seconds, wait_s))
     seconds = np.array([_mean([s for s, _ in found]) for found in groups.values()])
     waits_s = np.array([statistics.fmean(w for _, w in found) for found in groups.values()])

@@ -110,10 +110,11 @@ class _Session(ReplaySession):
         with fitting(self.device):
             prepared = self.prepare(policy, Budget(cache=cache))
             world, _ = self._run(prepared, iter, mark_every=0, clock=clock)
-        layers, late = self.model.layers, iter(clock.late.tolist())
+        layers = self.model.layers
+        late, issued = iter(clock.late.tolist()), iter(clock.issued.tolist())
         with no_garbage_collection():
             counts = [
-                [one._replace(late=next(late)) for one in step]
+                [one._replace(late=next(late), issued=next(issued)) for one in step]
                 for step in counts_of(self.prepare(policy, Budget(cache=cache)))
             ]
         return TimedRun(policy, counts, clock.take(layers), list(world.decode_step_s))

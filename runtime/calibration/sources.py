@@ -122,6 +122,7 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
             f"pinned memory, means of {PASSES} passes of medians, CUDA events; from 1 MiB on and "
             f"{runs.copy_longer_s:.1e} s, which copies take longer in whole runs"
         ),
+        "host.late_issue_s": fit,
         "host.prefetch_issue_s": "fitted with return_s",
         "host.return_s": "from prefetches issued to the next answer, of events whose answer waited",
         "host.cold_share": "fitted with copy_issue_s to runs with short and with long waits",

@@ -15,7 +15,7 @@ class EventCounts(NamedTuple):
 
     *demand* and *prefetch* are moves, *changes* the entries of the table of experts that its
     graph had to be told of, *apart* whether its experts were computed before its graph; *late*
-    are prefetches that were still on their way, some of which it had to issue.
+    are prefetches that were still on their way when it asked, *issued* those that it issued.
     """
 
     accesses: int
@@ -24,6 +24,7 @@ class EventCounts(NamedTuple):
     changes: int
     apart: bool = False
     late: int = 0
+    issued: int = 0
 
     @property
     def quiet(self) -> bool:
