@@ -48,14 +48,13 @@ def predicted_bytes(memory: Mapping[str, float]) -> int:
 class Shape:
     """How large the passes of a run become.
 
-    *prompt_tokens* is the longest of the *prefills* prefill steps; decode steps run up to
-    *sequences* over a cache that has *cache_tokens* for each, however short some of them are.
+    *prompt_tokens* is the longest prefill step; decode steps run up to *sequences* over a cache
+    that has *cache_tokens* for each, however short some of them are.
     """
 
     prompt_tokens: int
     sequences: int
     cache_tokens: int
-    prefills: int = 1
 
     @property
     def tokens(self) -> int:
@@ -69,22 +68,25 @@ class Shape:
 
 def shape_of(batches: Iterable[Sequence[TokenSequence]]) -> Shape:
     """The shape of a run of *batches*, whose prompts are prefilled in one row."""
-    prompt = sequences = cache = prefills = 0
+    prompt = sequences = cache = 0
     for members in batches:
-        tokens = sum(m.prefill for m in members)
-        prompt, prefills = max(prompt, tokens), prefills + (tokens > 0)
+        prompt = max(prompt, sum(m.prefill for m in members))
         sequences = max(sequences, sum(1 for m in members if len(m) > m.prefill))
         cache = max(cache, max(int(m.positions[-1]) + 1 for m in members))
-    return Shape(prompt, sequences, cache, prefills)
+    return Shape(prompt, sequences, cache)
 
 
 @dataclass(frozen=True)
 class TwoPrecisions:
-    """Slots of a run whose budget is divided; a low-precision copy has *low_bytes*."""
+    """Slots of a run whose budget is divided; a low-precision copy has *low_bytes*.
+
+    Its prefills computed up to *together* of them at once, as its planner counted.
+    """
 
     full_slots: int
     low_slots: int
     low_bytes: int
+    together: int
 
 
 def activations_bytes(model: ModelSpec, shape: Shape, low: TwoPrecisions | None = None) -> int:
@@ -100,10 +102,9 @@ def activations_bytes(model: ModelSpec, shape: Shape, low: TwoPrecisions | None 
       P H (b + 8).
 
     The last two are never there together. With low slots (*low*) the rows go through the
-    projections group by group; the full slots' group is taken as their share of all experts,
-    the low ones in use as a layer's even share of the low slots. Of these
-    :func:`raised_at_once` are brought to full precision for each group; in the first prefill
-    one, because nothing is held yet and every expert is computed as it lands.
+    projections group by group; the full slots' group is taken as their share of all experts.
+    Of the low copies that a prefill computes together :func:`raised_at_once` are brought to
+    full precision for each group: none where every expert matters to some token.
     """
     tokens = shape.tokens
     hidden, item = model.hidden, model.param_bytes
@@ -114,8 +115,7 @@ def activations_bytes(model: ModelSpec, shape: Shape, low: TwoPrecisions | None 
     gating = rows * _gating_row_bytes(model)
     if low is None or not low.low_slots:
         return always + max(gating, weighing)
-    held = min(-(-low.low_slots // model.layers), model.experts) if shape.prefills > 1 else 1
-    raised = raised_at_once(model.expert_bytes, held)
+    raised = raised_at_once(model.expert_bytes, low.together)
     copies = raised * model.expert_bytes
     pieces = PIECE_WEIGHT_BYTES * min(raised * model.expert_params, PIECE)
     share = min(low.full_slots / model.total_experts, 1.0)

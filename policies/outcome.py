@@ -218,9 +218,10 @@ def _memory(session: TraceSession, world: World) -> dict[str, float]:
 
 
 def precisions(world: World) -> TwoPrecisions:
-    """How the budget of *world* was divided."""
-    cache = world.planner.cache
-    return TwoPrecisions(cache.full_slots, cache.low_slots, world.costs.low_bytes)
+    """How the budget of *world* was divided, and what its prefills made of the low part."""
+    planner, cache = world.planner, world.planner.cache
+    low_bytes, together = world.costs.low_bytes, planner.low_together
+    return TwoPrecisions(cache.full_slots, cache.low_slots, low_bytes, together)
 
 
 def _quality(planner: Planner, accesses: int) -> dict[str, float]:

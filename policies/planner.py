@@ -19,7 +19,7 @@ from policies.base import Context, Forecaster, Policy, Service, Substitute
 from policies.decisions import DecisionLog
 from policies.ledger import ExpertCache, LedgerError
 from policies.moves import Move
-from policies.routing import Routing, Step
+from policies.routing import PREFILL, Routing, Step
 from traces.errors import InputError, kind_and_line, raised_line
 
 #: Functions in which a plug-in's answer is taken apart -> the hook that gave it.
@@ -115,6 +115,9 @@ class Planner:
         self._patience = 4 * context.total + 64
         self.counts: Counter[str] = Counter()
         self.quality: defaultdict[str, float] = defaultdict(float)
+        #: Low-precision copies that a prefill event computes together, at most: what must be
+        #: raised to full precision for it.
+        self.low_together = 0
         try:
             policy.reset(context)
             if forecaster is not None:
@@ -196,6 +199,8 @@ class Planner:
         loads, served = missed, None
         if self._serves:
             loads, served, missed = self._serve(routing, missed, record)
+            if routing.step.phase == PREFILL:
+                self._note_low(served.values(), loads)
         counts = self.counts
         counts["missed"] += len(missed)
         counts["demand"] += len(loads)
@@ -239,6 +244,12 @@ class Planner:
                 pinned.add(service.expert)
         self.cache.pinned = pinned
         return loads, served, truly
+
+    def _note_low(self, services: Iterable[Service | Substitute], loads: Sequence[int]) -> None:
+        """What is held computes together, what is loaded one by one as it lands."""
+        low = sum(service is Service.LOW for service in services)
+        held = low - sum(map(self.context.is_low, loads))
+        self.low_together = max(self.low_together, held, min(low, 1))
 
     def _checked(self, expert: int, service: object) -> int:
         """The code of *service*, which may be one for *expert*."""

@@ -245,7 +245,7 @@ class _LiveRun:
         groups, length = self._groups, self._length
         prompts = max(len(group) * max(map(len, group)) for group in groups)
         sizes = {len(group) for group in groups}
-        shape = Shape(prompts, max(sizes), length, prefills=len(groups))
+        shape = Shape(prompts, max(sizes), length)
         # A cache is kept for every size.
         padding = max(sum(sizes) * length - session.kv_tokens, 0)
         return {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pytest
 
-from policies.base import Context, Forecast
+from policies.base import Context, Forecast, Service, Substitute
 from policies.builtin.lru import LRU
 from policies.decisions import DecisionLog
 from policies.planner import NOTHING, Planner
-from policies.routing import DECODE, Routing, Step
+from policies.routing import DECODE, PREFILL, Routing, Step
 
 
 class Eager(LRU):
@@ -27,13 +28,26 @@ class Eager(LRU):
         return self.wanted
 
 
+class Sparing(LRU):
+    """Serves all that is missed at low precision, expert 7 aside."""
+
+    name = "sparing"
+    exact = False
+    low_share = 0.5
+
+    def serve(self, routing: Routing, missed: Sequence[int]) -> Mapping[int, Service | Substitute]:
+        return {expert: Service.LOW for expert in missed if expert != 7}
+
+
 def planner_of(policy: LRU, slots: int = 4) -> Planner:
     """A planner over one layer of 8 experts."""
     return Planner(policy, Context(1, 8, 2, slots), log=DecisionLog(keep=True))
 
 
-def event(number: int, experts: list[int]) -> Routing:
-    return Routing(Step(number, DECODE, 1), 0, experts, number)
+def event(number: int, experts: list[int], phase: str = DECODE) -> Routing:
+    step = Step(number, phase, 1)
+    step._experts = np.array([[experts]])
+    return Routing(step, 0, experts, number)
 
 
 def test_a_policy_is_asked_for_prefetches_when_the_rest_is_planned() -> None:
@@ -84,3 +98,25 @@ def test_prefetches_must_be_asked_for() -> None:
     for number in range(2):
         lru.plan(event(number, [number]))
     assert lru.prefetch() == ()
+
+
+@pytest.mark.parametrize(
+    ("phase", "events", "together"),
+    [
+        # At full precision; landing, one by one; held, at once; both, of which the held count.
+        (PREFILL, [[7]], 0),
+        (PREFILL, [[0, 1, 2]], 1),
+        (PREFILL, [[0, 1, 2], [1, 2, 7]], 2),
+        (PREFILL, [[0, 1, 2], [0, 1, 2, 3]], 3),
+        (DECODE, [[0, 1, 2], [0, 1, 2]], 0),
+    ],
+)
+def test_low_copies_that_prompts_compute_together_are_counted(
+    phase: str, events: list[list[int]], together: int
+) -> None:
+    planner = Planner(Sparing(), Context(1, 8, 2, 4), low_bytes_share=0.25)
+    assert planner.cache.low_slots == 8
+    for number, experts in enumerate(events):
+        planner.plan(event(number, experts, phase))
+        planner.prefetch()
+    assert planner.low_together == together

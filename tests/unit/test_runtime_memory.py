@@ -74,8 +74,8 @@ def test_low_copies_that_are_raised():
     module = experts_module("concatenated", BF16, hidden, intermediate)
     placed = Placed(module, bits=4, low_experts=low)
     spec = spec_of(placed, hidden, intermediate)
-    two = TwoPrecisions(EXPERTS - len(low), len(low), spec.expert_bytes_at(4))
-    predicted = activations_bytes(spec, Shape(24, 0, 0, prefills=2), two)
+    two = TwoPrecisions(EXPERTS - len(low), len(low), spec.expert_bytes_at(4), together=len(low))
+    predicted = activations_bytes(spec, Shape(24, 0, 0), two)
     assert predicted == pytest.approx(counted(placed, hidden, 24), rel=0.05)
 
 
