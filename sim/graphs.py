@@ -129,18 +129,21 @@ class GraphSteps:
         decide = world.env.now
         cold = self._planning_cold
         host = decide + cold.longer(world.thinking_s(routing, plan), cold.weight(waited))
-        issue_s = world.costs.copy_issue_s
-        issuing = update_s + issue_s * sum(map(len, plan.waves)) + graph.launch_s
-        longer = graph.cold.longer(issuing, graph.cold.weight(waited)) / issuing
         if plan.served:
             seconds = world.served(routing, plan.served, seconds, self._graph.low_expert_s)
         work = sum(seconds.values())
-        awaited = []
+        awaited: list[Move] = []
+        wanted = 0
         if world.link.pending:
             world.link.advance(decide)
             queued = len(world.link)
             awaited = [move for move, _ in world.late_moves(seconds, decide)]
-            host += world.costs.late_issue_s * longer * (queued - len(world.link))
+            wanted = queued - len(world.link)
+        issue_s = world.costs.copy_issue_s
+        own_s = world.costs.late_issue_s * wanted
+        issuing = own_s + issue_s * sum(map(len, plan.waves)) + update_s + graph.launch_s
+        longer = graph.cold.longer(issuing, graph.cold.weight(waited)) / issuing
+        host += own_s * longer
         for wave in plan.waves:
             host = world.link.demand(wave, host, issue_s * longer)
             awaited += wave

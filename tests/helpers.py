@@ -14,17 +14,8 @@ from policies.batching import Batches
 from policies.costs import Costs
 from policies.decisions import DecisionLog
 from policies.future import Future
-from policies.hardware import (
-    CopyTable,
-    Cpu,
-    Direction,
-    ExpertModel,
-    Gpu,
-    HardwareProfile,
-    Host,
-    Link,
-    Software,
-)
+from policies.hardware import Cpu, ExpertModel, Gpu, HardwareProfile, Host, Software
+from policies.link_times import CopyTable, Direction, Link
 from policies.planner import Plan, Planner, run_counts
 from policies.registry import FORECASTERS, POLICIES
 from policies.routing import Routing

@@ -36,8 +36,9 @@ COLD_MOST_S = (2e-5, 4e-5, 8e-5, 1.6e-4, 1.0)
 #: A wait behind which a host is cold, if it ever is: a policy with none is taken to be as ``lru``.
 LONG_S = 1e-3
 
-#: Rounds in which the time of a warm host and how much longer a cold one takes are settled.
-ROUNDS = 4
+#: At most so many rounds settle the time of a warm host and how much longer a cold one takes: to
+#: this share of it.
+ROUNDS, SETTLED = 12, 1e-4
 
 #: Borders between waits that make events of another kind.
 WAITS_S = (2.5e-4, 4e-4, 7e-4, 1.2e-3, 2.5e-3, 6e-3)
@@ -214,8 +215,10 @@ class _Kinds(NamedTuple):
             scaled = columns[kept] * (longer[kept] * weights)[:, None]
             found = nonnegative(scaled, self.seconds[kept] * weights)
             warm = np.maximum(columns @ found, 1e-9)
-            told = np.array(list(map(cold.longer, warm.tolist(), colder)))
+            before, told = told, np.array(list(map(cold.longer, warm.tolist(), colder)))
             longer = told / warm
+            if np.allclose(told, before, rtol=SETTLED, atol=0.0):
+                break
         return found, told
 
 

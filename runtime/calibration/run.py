@@ -239,8 +239,6 @@ def _host(found: Measured) -> dict[str, Any]:
     for name, by_policy in parts.items():
         host[name] = significant(statistics.median(by_policy.values()))
         host[f"policy_{name}"] = by_policy
-    ahead["policy_cold_share"] = {n: p.cold.share for n, p in planning.items()}
-    ahead["policy_cold_most_s"] = {n: p.cold.most_s for n, p in planning.items()}
     return host | ahead | _captured(found)
 
 
@@ -249,6 +247,9 @@ def _captured(found: Measured) -> dict[str, Any]:
     runs = found.runs
     if runs is None:
         return {}
+    # Where return_s has it all, a prefetch takes next to nothing: 0 would be copy_issue_s.
+    prefetch_s = runs.host.prefetch_s or min(runs.host.return_s, LEAST_S)
+    colds = {n: p.cold for n, p in runs.host.planning.items()}
     return {
         "graph_launch_s": significant(runs.host.launching_s or found.graphs.launch_s),
         # A fit may give all of it to the table: what it tells together is what counts.
@@ -258,10 +259,12 @@ def _captured(found: Measured) -> dict[str, Any]:
         "table_tell_s": significant(runs.host.tell_s),
         "table_update_s": significant(runs.host.change_s),
         "return_s": significant(runs.host.return_s),
-        "prefetch_issue_s": significant(runs.host.prefetch_s),
+        "prefetch_issue_s": significant(prefetch_s),
         "cold_share": runs.host.cold.share,
         "cold_after_s": runs.host.cold.after_s,
         "cold_most_s": runs.host.cold.most_s,
+        "policy_cold_share": {n: cold.share for n, cold in colds.items()},
+        "policy_cold_most_s": {n: cold.most_s for n, cold in colds.items()},
     }
 
 

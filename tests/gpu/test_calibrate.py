@@ -53,10 +53,15 @@ def test_the_figures_are_of_this_world(measured):
     assert 5e-7 < gpu.kernel_min_s < 2e-5
     rate = 2**28 / profile.link.h2d.copy_s(2**28, queued=True)
     assert 2e9 < rate < 1e12
-    for seconds in (host.copy_issue_s, host.graph_launch_s, host.gate_sync_s, host.step_s):
+    for seconds in (host.graph_launch_s, host.gate_sync_s, host.step_s):
         assert 5e-7 < seconds < 1e-3
-    for seconds in (host.table_tell_s, host.table_update_s, host.miss_s, profile.link.wake_s):
-        assert 0 <= seconds < 2e-4
+    # A fit may give what a copy takes to the table that is told of it: together they are there.
+    assert 5e-7 < host.copy_issue_s + host.table_update_s < 1e-3
+    issuing = (host.copy_issue_s, host.late_issue_s, host.prefetch_issue_s, host.return_s)
+    telling = (host.table_tell_s, host.table_update_s, host.miss_s, profile.link.wake_s)
+    assert all(0 <= seconds < 2e-4 for seconds in (*issuing, *telling))
+    for colds in (host.policy_cold_share, host.policy_cold_most_s):
+        assert {"lru", "predictive"} <= set(colds) <= set(host.policy_event_s)
     assert host.policy_event_s["lru"] < host.policy_event_s["predictive"] < 1e-3
     assert set(host.policy_miss_s) == set(host.policy_event_s)
     assert all(0 <= seconds < 1e-3 for seconds in software.policy_layer_s.values())

@@ -90,6 +90,7 @@ from runtime.calibration.timed import (  # noqa: E402
     quiet_layer_s,
 )
 from runtime.calibration.toml import dumps  # noqa: E402
+from runtime.lanes import HostLanes  # noqa: E402
 from runtime.steps import ReplayedSteps  # noqa: E402
 from tests.helpers import random_trace, simulate  # noqa: E402
 from traces.errors import InputError  # noqa: E402
@@ -261,6 +262,7 @@ TRUE = HostCosts(
     issue_s=1.7e-5,
     tell_s=5e-6,
     change_s=5e-7,
+    late_s=1.3e-5,
     missed=0.0,
 )
 LAYER_S, REST_S = 1.9e-4, 3e-4
@@ -279,13 +281,13 @@ def planning_s(counts, planning):
 def launching_s(counts, costs=TRUE):
     """From an event's plan to its launch."""
     seconds = costs.launching_s + bool(counts.demand) * costs.first_s
-    seconds += counts.demand * costs.issue_s
+    seconds += counts.demand * costs.issue_s + counts.issued * costs.late_s
     return seconds + bool(counts.changes) * costs.tell_s + counts.changes * costs.change_s
 
 
-def colder(seconds, waited, costs):
+def colder(seconds, waited, cold):
     """What takes a warm host *seconds*, after a wait."""
-    return costs.cold.longer(seconds, costs.cold.weight(waited))
+    return cold.longer(seconds, cold.weight(waited))
 
 
 def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=False, costs=TRUE):
@@ -294,7 +296,7 @@ def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=Fa
     for step in range(40):
         now = begun = float(step)
         now += costs.launching_s + LAYER_S * 0.6
-        launched = begun
+        fetched = begun
         counts.append([])
         times.append([])
         for layer in range(layers):
@@ -302,13 +304,17 @@ def made_up_run(policy, batch, draw, wait=lambda counts: 0.0, layers=8, quiet=Fa
             prefetch = draw.randint(0, 3) * (policy == "predictive") * (not quiet)
             # Now and then the table has to be told only of what was fetched before.
             changes = demand + draw.randint(0, demand + prefetch + 1) * (not quiet)
+            # Prefetches of the event before are on their way, some not yet issued.
+            late = counts[-1][-1].prefetch if counts[-1] else 0
             one = EventCounts(batch * draw.randint(3, 4), demand, prefetch, changes)
+            one = one._replace(late=late, issued=draw.randint(0, late) if late else 0)
             counts[-1].append(one)
-            answered, waited = now, now - launched
-            planned = answered + colder(planning_s(one, costs.planning[policy]), waited, costs)
-            now = planned + colder(launching_s(one, costs), waited, costs)
-            launched = now = now + (4e-3 if draw.random() < PAUSES else 0.0)
-            fetched = now + costs.planning[policy].foreseeing_s(one)
+            answered, waited = now, now - fetched
+            planning = costs.planning[policy]
+            planned = answered + colder(planning_s(one, planning), waited, planning.cold)
+            now = planned + colder(launching_s(one, costs), waited, costs.cold)
+            now += 4e-3 if draw.random() < PAUSES else 0.0
+            fetched = now + planning.foreseeing_s(one)
             times[-1].append((answered, planned, now, fetched))
             now += LAYER_S * (1.0 if layer < layers - 1 else 0.4) + wait(one)
             now += 3e-3 if draw.random() < PAUSES else 0.0
@@ -331,7 +337,7 @@ def test_host_costs_come_back_from_runs_with_pauses():
     assert found.planning["lru"].residual_s < 1e-6
     for n, d, p, changes in ((4, 0, 0, 0), (13, 0, 0, 1), (3, 1, 0, 1), (4, 4, 0, 6), (9, 2, 3, 9)):
         for policy, planning in TRUE.planning.items():
-            one = EventCounts(n, d, p * (policy != "lru"), changes)
+            one = EventCounts(n, d, p * (policy != "lru"), changes, issued=p)
             assert found.planning[policy].seconds(one) == pytest.approx(
                 planning_s(one, planning), rel=0.05
             )
@@ -345,7 +351,7 @@ def test_each_part_of_the_hosts_costs_comes_back(monkeypatch):
     """What an event takes that misses anything, or tells the table anything, beside the counts."""
     monkeypatch.setattr(f"{__name__}.PAUSES", 0.0)
     found = fit_host(made_up_runs())
-    for name in ("launching_s", "first_s", "issue_s", "tell_s", "change_s"):
+    for name in ("launching_s", "first_s", "issue_s", "tell_s", "change_s", "late_s"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-3), name
     for policy, planning in TRUE.planning.items():
         for name in ("event_s", "access_s", "miss_s", "move_s", "prefetch_s"):
@@ -354,38 +360,64 @@ def test_each_part_of_the_hosts_costs_comes_back(monkeypatch):
 
 
 def test_what_passes_until_a_late_host_reads_the_answer_comes_back():
+    """And what handing over each prefetch adds; where one was late, it issued others besides."""
     run = made_up_run("predictive", 1, random.Random(3))
-    for counts, times in zip(run.counts, run.times, strict=True):
+    for step, (counts, times) in enumerate(zip(run.counts, run.times, strict=True)):
         for layer in range(len(counts)):
-            one = counts[layer] = counts[layer]._replace(demand=0, prefetch=layer % 3)
+            late = int(step % 4 == 0)
+            one = EventCounts(4, 0, layer % 3, 0, late=late, issued=late)
+            counts[layer] = one
             if layer and counts[layer - 1].prefetch:
                 # The event before fetched for longer than a layer takes.
                 before = times[layer - 1]
                 before[3] = before[2] + 2 * LAYER_S
-                times[layer:] += (
-                    before[3] + 1.7e-5 * counts[layer - 1].prefetch + 3e-5 - times[layer, 0]
-                )
+                more = 1.7e-5 * counts[layer - 1].prefetch + 3e-5 + 4e-4 * late
+                times[layer:] += before[3] + more - times[layer, 0]
             times[layer, 3] = times[layer, 2]
-            counts[layer] = one._replace(changes=0)
-    assert fit_return([run], 1.7e-5) == pytest.approx(3e-5, rel=1e-6)
-    assert fit_return([made_up_run("lru", 1, random.Random(3))], 1.7e-5) == 0.0
+    assert fit_return([run]) == pytest.approx((3e-5, 1.7e-5), rel=1e-6)
+    host = fit_host([run])
+    assert (host.return_s, host.prefetch_s) == fit_return([run])
+    assert fit_return([made_up_run("lru", 1, random.Random(3))]) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
-def test_a_host_that_waited_is_slower_by_the_share_that_comes_back(share):
-    costs = TRUE._replace(cold=Cold(share, most_s=4e-5))
+def long_waits(one):
+    return 8e-4 * one.demand
 
-    def wait(one):
-        return 8e-4 * one.demand
 
-    found = fit_host(made_up_runs(wait=wait, costs=costs))
-    assert found.cold.share == pytest.approx(share, abs=0.051)
+@pytest.mark.parametrize("shares", [(0.0, 0.0, 0.0), (0.4, 0.2, 0.7), (0.0, 0.5, 0.3)])
+def test_a_host_that_waited_is_slower_by_the_shares_that_come_back(shares):
+    """Of launching, for all policies together, and of each policy's planning."""
+    launching, *planning = (Cold(share, most_s=4e-5) for share in shares)
+    true = {
+        name: TRUE.planning[name]._replace(cold=cold)
+        for name, cold in zip(TRUE.planning, planning, strict=True)
+    }
+    costs = TRUE._replace(cold=launching, planning=true)
+    found = fit_host(made_up_runs(wait=long_waits, costs=costs))
+    assert found.cold.share == pytest.approx(launching.share, abs=0.051)
+    for name, cold in zip(TRUE.planning, planning, strict=True):
+        assert found.planning[name].cold.share == pytest.approx(cold.share, abs=0.051)
     one = EventCounts(4, 2, 0, 3)
     for waited in (-1.0, 1e-4, 2e-3):
-        seconds = colder(found.planning["lru"].seconds(one), waited, found)
-        assert seconds == pytest.approx(
-            colder(planning_s(one, costs.planning["lru"]), waited, costs), rel=0.05
-        )
+        seconds = colder(found.launching(one), waited, found.cold)
+        expected = colder(launching_s(one, costs), waited, costs.cold)
+        assert seconds == pytest.approx(expected, rel=0.05)
+        for name, policy in costs.planning.items():
+            seconds = colder(found.planning[name].seconds(one), waited, found.planning[name].cold)
+            expected = colder(planning_s(one, policy), waited, policy.cold)
+            assert seconds == pytest.approx(expected, rel=0.05)
+
+
+def test_a_policy_that_never_waited_for_long_is_as_cold_as_lru(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.PAUSES", 0.0)
+    planning = {n: p._replace(cold=Cold(0.4, most_s=4e-5)) for n, p in TRUE.planning.items()}
+    costs, draw = TRUE._replace(planning=planning), random.Random(6)
+    waited = made_up_run("lru", 1, draw, wait=long_waits, costs=costs)
+    brief = made_up_run("predictive", 1, draw, costs=costs)
+    found = fit_host([waited, brief]).planning
+    assert found["lru"].cold.share == pytest.approx(0.4, abs=0.051)
+    assert found["predictive"].cold == found["lru"].cold
+    assert fit_host([brief]).planning["predictive"].cold == Cold()
 
 
 def test_many_changes_of_the_table_cost_as_much_each_as_few():
@@ -428,6 +460,9 @@ def test_a_layer_and_the_rest_of_a_step_come_from_quiet_events():
     assert rest_of_step([quiet], TRUE) == pytest.approx(REST_S, rel=1e-3)
     busy = made_up_run("lru", 1, random.Random(2), wait=lambda one: 1e-3 * one.demand)
     assert layer_s(busy) == pytest.approx(LAYER_S)
+    # A graph that waits for a prefetch takes longer than its layer.
+    late = [busy.counts[0][0]._replace(demand=0, changes=0, late=1)] * 8
+    assert math.isnan(layer_s(busy._replace(counts=[late] * 40)))
     # Where the last event moved nothing; others may have.
     assert rest_of_step([busy, quiet], TRUE) == pytest.approx(REST_S, rel=0.05)
     assert rest_of_step([quiet.from_step(30)], TRUE) == pytest.approx(REST_S, rel=1e-3)
@@ -472,6 +507,25 @@ def test_every_policy_runs_for_its_events(bench):
             assert one.changes >= one.demand or timed.policy == "mixed"
     moves = {r.policy: sum(c.prefetch for step in r.counts for c in step) for r in runs[::2]}
     assert moves["lru"] == 0 < moves["predictive"]
+
+
+def test_each_event_of_a_run_has_the_prefetches_that_it_found_on_their_way(monkeypatch):
+    """Copies land only when somebody waits for them."""
+    monkeypatch.setattr(
+        "runtime.session.lanes_for", lambda device, **how: HostLanes(lag=lambda: 10**9)
+    )
+    shape = Shape(layers=3, hidden=64, intermediate=32, tokens=6, experts=8, top_k=2)
+    with sessions(shape, (2,), "cpu") as found:
+        events = {
+            name: [one for step in found[2].timed(name, "80%").counts for one in step]
+            for name in ("lru", "predictive")
+        }
+    assert not any(one.late or one.issued for one in events["lru"])
+    found = events["predictive"]
+    assert any(one.late for one in found)
+    assert any(one.issued for one in found)
+    # Each was fetched before, and is issued but once.
+    assert sum(one.issued for one in found) <= sum(one.prefetch for one in found)
 
 
 def test_every_event_of_a_decoding_model_is_noted(bench):
@@ -584,12 +638,14 @@ FOUND = run.Measured(
         HostCosts(
             {
                 "lru": Planning(8e-6, 3e-7, 0.0, 1.5e-6, 0.0, residual_s=1e-7),
-                "predictive": Planning(5.5e-5, 2.5e-6, 4e-6, 7.5e-6, 9e-6, 2e-5, 4e-7, 1e-7),
+                "predictive": Planning(
+                    5.5e-5, 2.5e-6, 4e-6, 7.5e-6, 9e-6, 2e-5, 4e-7, 1e-7, Cold(0.3, most_s=8e-5)
+                ),
             },
             launching_s=7e-6, first_s=3e-6, issue_s=1.1e-5, tell_s=5e-6, change_s=4e-7,
-            missed=0.01,
+            late_s=1.2e-5, missed=0.01, cold=Cold(0.1), return_s=3e-5, prefetch_s=9e-6,
         ),
-        3e-4, Misses(2e-5, 1.6e-4, 0.02), {"mixed": 1.3e-5},
+        3e-4, Misses(2e-5, 1.6e-4, 0.02), {"mixed": 1.3e-5}, 4e-6,
     ),
     workspace_bytes=9_000_000,
 )  # fmt: skip
@@ -615,6 +671,11 @@ def test_what_runs_tell_stands_in_the_profile(bench, tmp_path):
     assert (host.copy_issue_s, host.miss_s) == (1.1e-5, 2.3e-5)
     assert (host.table_tell_s, host.table_update_s) == (5e-6, 4e-7)
     assert (host.step_s, host.graph_launch_s, host.gate_sync_s) == (3e-4, 7e-6, 5e-6)
+    assert (host.return_s, host.prefetch_issue_s, host.late_issue_s) == (3e-5, 9e-6, 1.2e-5)
+    assert (host.cold_share, host.cold_most_s) == (0.1, 1.0)
+    # Of a policy that was not run nothing is said: it is as launching is.
+    assert host.policy_cold_share == {"lru": 0.0, "predictive": 0.3}
+    assert host.policy_cold_most_s == {"lru": 1.0, "predictive": 8e-5}
     assert software.policy_layer_s == {"mixed": 1.3e-5}
     assert profile.link.wake_s == 6e-6
     assert profile.gpu.workspace_bytes == 9_000_000
@@ -629,6 +690,23 @@ def test_what_runs_tell_stands_in_the_profile(bench, tmp_path):
     graph = Costs(profile, model_sizes("qwen3-30b")).graph
     assert graph is not None
     assert graph.floor_s == 4e-5
+    colds = [graph.planning_cold(name) for name in ("lru", "predictive", "fifo")]
+    assert colds == [Cold(0.0), Cold(0.3, most_s=8e-5), Cold(0.1)]
+
+
+def test_copies_as_large_as_experts_take_what_they_take_in_runs(bench):
+    link = run.profile_values(bench, FOUND)["link"]
+    for name, alone in (
+        ("isolated", FOUND.copies.h2d.isolated_s),
+        ("queued", FOUND.copies.h2d.queued_s),
+    ):
+        found = link["h2d"][name]
+        assert found["sizes_bytes"] == FOUND.copies.h2d.sizes_bytes
+        more = [a - b for a, b in zip(found["seconds"], alone, strict=True)]
+        assert more == pytest.approx([0.0, 4e-6, 4e-6], abs=1e-8)
+    for values in (link, run.profile_values(bench, FOUND._replace(runs=None))["link"]):
+        assert values["d2h"]["queued"]["seconds"] == FOUND.copies.d2h.queued_s
+    assert values["h2d"]["queued"]["seconds"] == FOUND.copies.h2d.queued_s
 
 
 def test_without_runs_what_was_measured_alone_stands(bench):
@@ -636,12 +714,18 @@ def test_without_runs_what_was_measured_alone_stands(bench):
     assert (host["copy_issue_s"], host["step_s"]) == (7.9e-6, 3e-4)
     assert host["policy_event_s"]["lru"] == 2e-6
     told = {"graph_launch_s", "table_tell_s", "table_update_s", "miss_s", "policy_miss_s"}
+    told |= {"return_s", "prefetch_issue_s", "late_issue_s", "cold_share", "policy_cold_share"}
     assert not told & host.keys()
     assert "policy_layer_s" not in run.profile_values(bench, FOUND._replace(runs=None))["software"]
     assert FOUND.runs is not None
-    unfitted = FOUND.runs._replace(host=FOUND.runs.host._replace(issue_s=0.0, launching_s=0.0))
-    host = run.profile_values(bench, FOUND._replace(runs=unfitted))["host"]
-    assert (host["copy_issue_s"], host["graph_launch_s"]) == (7.9e-6, 6e-6)
+    unfitted = FOUND.runs.host._replace(issue_s=0.0, launching_s=0.0, prefetch_s=0.0)
+    runs = FOUND.runs._replace(host=unfitted)
+    host = run.profile_values(bench, FOUND._replace(runs=runs))["host"]
+    # 0 would be refused, or say that another figure counts.
+    assert (host["copy_issue_s"], host["graph_launch_s"]) == (1e-9, 6e-6)
+    assert (host["return_s"], host["prefetch_issue_s"]) == (3e-5, 1e-9)
+    runs = FOUND.runs._replace(host=unfitted._replace(return_s=0.0))
+    assert run.profile_values(bench, FOUND._replace(runs=runs))["host"]["prefetch_issue_s"] == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from policies.hardware import (
     FIGURES,
     PROFILES,
     SOURCES,
-    CopyTable,
     HardwareProfile,
     load_profile,
     profile_names,
 )
+from policies.link_times import CopyTable
 from policies.tables import leaves
 from sim.cli import hardware
 from traces.errors import InputError

@@ -17,6 +17,7 @@ from policies.planner import NOTHING, Planner  # noqa: E402
 from policies.routing import DECODE, Routing, Step  # noqa: E402
 from runtime.bank import ABSENT, SlotBank  # noqa: E402
 from runtime.engine import Engine  # noqa: E402
+from runtime.eventclock import EventClock  # noqa: E402
 from runtime.lanes import HostLanes  # noqa: E402
 from tests.helpers_stress import store_of  # noqa: E402
 
@@ -201,3 +202,18 @@ def test_the_device_works_when_prefetches_are_decided():
     run.engine.after(plan, late)
     assert said[-1] == "asked"
     assert run.engine.copier.pending.keys() == {4}
+
+
+def test_an_event_has_the_prefetches_that_it_finds_on_their_way_and_issues():
+    """Two are on their way, the third waits in the queue until its event asks for it."""
+    run = Run(Scripted(fetch=(1, 2, 3)), slots=4)
+    clock = run.engine.clock = EventClock()
+    step = run.begin()
+    run.event(step, 0, [1, 3, 4])
+    run.event(step, 1, [0])
+    assert (list(clock.late), list(clock.issued)) == ([2, 0], [1, 0])
+    assert run.engine.late == 2
+    assert run.engine.copier.prefetches == 3
+    clock.take(1)
+    assert not clock.late
+    assert not clock.issued

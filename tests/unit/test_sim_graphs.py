@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from policies.base import Context
+from policies.base import Context, Forecast
 from policies.batching import Batches
+from policies.builtin.lru import LRU
 from policies.costs import Costs
 from policies.decisions import DecisionLog
 from policies.forecasters.oracle import Oracle
@@ -19,6 +21,7 @@ from policies.hardware import HardwareProfile
 from policies.planner import Planner
 from policies.recording import Recording
 from policies.registry import POLICIES
+from policies.routing import Step
 from policies.testing import example_model
 from sim.world import World
 from tests.helpers import BUSY, machine, random_trace, simulate, trace_of
@@ -134,19 +137,68 @@ def test_layers_take_longer_under_a_policy_whose_graphs_have_more_kernels() -> N
         assert costs.layer_s("lru") - plain.costs.layer_s("lru") == pytest.approx(more)
 
 
-def test_a_cold_host_launches_later_too() -> None:
-    """The host waits while the GPU works; then planning and the launch take longer."""
+@pytest.mark.parametrize("mine", [{}, {"lru": 0.0}, {"lru": 0.8}])
+def test_a_cold_host_launches_later_too(mine: dict[str, float]) -> None:
+    """The host waits while the GPU works; then planning, by policy, and the launch take longer."""
     slow = replace(GRAPHS, software=replace(GRAPHS.software, layer_floor_s={"any": 1e-2}))
-    host = replace(slow.host, cold_share=0.3, cold_after_s=1e-4, cold_most_s=1.0)
+    host = replace(slow.host, cold_share=0.3, cold_after_s=1e-4, policy_cold_share=mine)
     trace = one_layer([[0, 1], [0, 1]])
     worlds = [simulate("lru", trace, 4, replace(slow, host=h)) for h in (host, slow.host)]
     graph = worlds[0].costs.graph
     assert graph is not None
     # From the step's first launch until its gate has answered.
-    weight = graph.cold.weight(graph.attention_s(1, 2) + host.gate_sync_s - host.return_s)
-    warm = chain_s(slow, "lru") - host.gate_sync_s
+    waited = graph.attention_s(1, 2) + host.gate_sync_s - host.return_s
+    planned = chain_s(slow, "lru") - host.gate_sync_s - host.graph_launch_s
+    expected = graph.planning_cold("lru").weight(waited) * planned
+    expected += graph.cold.weight(waited) * host.graph_launch_s
     longer = worlds[0].decode_step_s[1] - worlds[1].decode_step_s[1]
-    assert longer == pytest.approx(weight * warm, rel=1e-9)
+    assert longer == pytest.approx(expected, rel=1e-9)
+    assert graph.planning_cold("lru").share == mine.get("lru", 0.3)
+    assert graph.planning_cold("fifo") == graph.cold
+
+
+class Ahead(LRU):
+    """Fetches two experts before the first layer."""
+
+    name = "ahead"
+
+    def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
+        return (0, 1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize(("depth", "queued"), [(1, 1), (2, 0)])
+def test_an_event_issues_itself_what_it_wants_from_the_queue(
+    depth: int, queued: int, share: float
+) -> None:
+    """Before the table is told; a cold host issues, tells and launches more slowly at first."""
+    host = replace(
+        GRAPHS.host, cold_share=share, cold_most_s=3e-5, policy_cold_share={"ahead": 0.0}
+    )
+    profile = replace(GRAPHS, host=host)
+    world = simulate(Ahead(), one_layer([[0, 1]]), 4, profile, depth=depth)
+    costs, graph = world.costs, world.costs.graph
+    assert graph is not None
+    waited = graph.attention_s(1, 1) + host.gate_sync_s
+    launched = 2 * (host.prefetch_s + host.prefetch_issue_s) + host.graph_launch_s + waited
+    launched += host.event_s + 2 * host.access_s
+    issuing = queued * host.late_issue_s + graph.table_s(2) + host.graph_launch_s
+    launched += graph.cold.longer(issuing, graph.cold.weight(waited))
+    landed = 2 * host.prefetch_s + costs.idle_copy_s(3000) + costs.queued_copy_s(3000)
+    landed += GRAPHS.link.wake_s
+    assert world.late == 2
+    assert issuing > host.cold_most_s
+    assert world.stall_late_s == pytest.approx(landed - launched, rel=1e-12)
+    assert world.total_s == pytest.approx(landed + 2 * graph.expert_s(1) + host.step_s, rel=1e-12)
+
+
+def test_prefetches_are_issued_as_other_copies_where_nothing_else_is_said() -> None:
+    host = replace(GRAPHS.host, prefetch_issue_s=0.0, late_issue_s=0.0)
+    plain, own = (
+        Costs(replace(GRAPHS, host=h), example_model(1, 8, 2)) for h in (host, GRAPHS.host)
+    )
+    assert plain.prefetch_issue_s == plain.late_issue_s == host.copy_issue_s
+    assert (own.prefetch_issue_s, own.late_issue_s) == (5.9e-6, 3.3e-6)
 
 
 def test_prefill_stays_eager() -> None:
