@@ -12,7 +12,8 @@ c  predictor: its share of a decode step beside checkpoints and beside real dime
 d  scheduler: dividing tokens, moving keys and values, and what both win, at batch 16
 
 A cell that fails says why (``failed``) and the others go on; after --limit seconds none is begun
-(``skipped``). The file is written anew after every cell. --tiny is a dry run on small models.
+(``skipped``). The file is written anew after every cell; parts that --only leaves out stay as
+they were in it. --tiny is a dry run on small models.
 """
 
 from __future__ import annotations
@@ -129,6 +130,14 @@ def _chosen(text: str) -> str:
     return "".join(letters)
 
 
+def _kept(path: Path | None) -> dict[str, Any]:
+    """The parts of an earlier run in the file at *path*."""
+    if path is None or not path.exists():
+        return {}
+    parts: dict[str, Any] = json.loads(path.read_text())["parts"]
+    return parts
+
+
 def _write(path: Path, data: dict[str, Any]) -> None:
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
@@ -150,7 +159,7 @@ def main(words: Sequence[str] | None = None) -> int:
         **surroundings("gpu" if device.type == "cuda" else device.type),
         "hardware": {"name": profile.name, "kind": profile.kind},
         "tiny": given.tiny,
-        "parts": {PARTS[letter]: [] for letter in parts},
+        "parts": _kept(given.json) | {PARTS[letter]: [] for letter in parts},
     }
     for letter, row in rows(parts, given.model, machine, clock):
         data["parts"][PARTS[letter]].append(row)
@@ -158,7 +167,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{PARTS[letter]:<10}{shown(row)}", flush=True)
         if given.json is not None:
             _write(given.json, data)
-    found = [row for part in data["parts"].values() for row in part]
+    found = [row for letter in parts for row in data["parts"][PARTS[letter]]]
     return int(any("failed" in row or "skipped" in row for row in found))
 
 
