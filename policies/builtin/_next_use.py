@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -160,8 +161,15 @@ def expected_wait(reuse: Reuse) -> FloatArray:
     The mean of the time until use, cut off at the longest window: the sum over t of 1 - F(t),
     with the chances F of use within t tokens, straight between the windows and from F(0) = 0.
     """
-    windows = np.array([0, *reuse.windows], dtype=float)
-    steps = np.arange(1, int(windows[-1]) + 1)
-    weights = [np.interp(steps, windows, unit).sum() for unit in np.eye(len(windows))[1:]]
-    wait: FloatArray = len(steps) - np.asarray(weights, np.float32) @ reuse.chances
+    steps, weights = _weights(tuple(reuse.windows))
+    wait: FloatArray = steps - weights @ reuse.chances
     return wait
+
+
+@cache
+def _weights(windows: tuple[int, ...]) -> tuple[int, FloatArray]:
+    """The tokens of the longest of *windows*, and what the chances of each add up with."""
+    known = np.array([0, *windows], dtype=float)
+    steps = np.arange(1, int(known[-1]) + 1)
+    weights = [np.interp(steps, known, unit).sum() for unit in np.eye(len(known))[1:]]
+    return len(steps), np.asarray(weights, np.float32)
