@@ -29,12 +29,6 @@ class _WriteValue(ctypes.Structure):
     ]
 
 
-#: Reused by every call: its contents are taken before the driver returns.
-_WRITES = (_WriteValue * MOST_WRITES)()
-for _write in _WRITES:
-    _write.operation = _WRITE_VALUE_32
-
-
 class _CopyAttributes(ctypes.Structure):
     """``CUmemcpyAttributes``: when sources are read, hints of where both ends lie, flags."""
 
@@ -100,17 +94,29 @@ def copy_all_to_device(copies: Sequence[tuple[int, int, int]], stream: int) -> N
         raise OffloadError(f"{len(copies)} copies to the GPU failed: CUDA error {code}")
 
 
-def write_values(target: int, values: Sequence[tuple[int, int]], stream: int) -> None:
-    """Let *stream* set elements of the int32 array at device address *target*, without a kernel.
+class Writes:
+    """Writes to device memory without a kernel, many in one call of the driver.
 
-    *values* are pairs of an element and what it becomes. One call of the driver takes
-    :data:`MOST_WRITES`, in little more time than a single write.
+    What they are handed over in is kept from call to call, so that every thread needs its own.
     """
-    for first in range(0, len(values), MOST_WRITES):
-        some = values[first : first + MOST_WRITES]
-        for write, (at, value) in zip(_WRITES, some, strict=False):
-            write.address = target + 4 * at
-            write.value = value & 0xFFFFFFFF
-        code = _library().cuStreamBatchMemOp_v2(stream, len(some), _WRITES, 0)
-        if code:
-            raise OffloadError(f"writing to the expert table failed: CUDA error {code}")
+
+    def __init__(self) -> None:
+        self._room = (_WriteValue * MOST_WRITES)()
+        for write in self._room:
+            write.operation = _WRITE_VALUE_32
+
+    def send(self, target: int, values: Sequence[tuple[int, int]], stream: int) -> None:
+        """Let *stream* set elements of the int32 array at device address *target*.
+
+        *values* are pairs of an element and what it becomes. One call of the driver takes
+        :data:`MOST_WRITES`, in little more time than a single write.
+        """
+        room = self._room
+        for first in range(0, len(values), MOST_WRITES):
+            some = values[first : first + MOST_WRITES]
+            for write, (at, value) in zip(room, some, strict=False):
+                write.address = target + 4 * at
+                write.value = value & 0xFFFFFFFF
+            code = _library().cuStreamBatchMemOp_v2(stream, len(some), room, 0)
+            if code:
+                raise OffloadError(f"writing to the expert table failed: CUDA error {code}")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.driver import copy_all_to_device, copy_to_device, write_values
+from runtime.driver import Writes, copy_all_to_device, copy_to_device
 
 
 class Mark:
@@ -102,6 +102,7 @@ class CudaLanes(Lanes):
         self._compute: Any = torch.cuda.current_stream(device)
         self._new: Callable[[], Any] = lambda: cuda.Event(enable_timing=timed)
         self._spare: list[Any] = []
+        self._writes = Writes()
         self._origin = cuda.Event(enable_timing=True)
         self._origin.record()
         #: Stretches every copy by so many GPU cycles: for tests.
@@ -145,7 +146,7 @@ class CudaLanes(Lanes):
         return begin, end
 
     def write(self, target: Tensor, values: Sequence[tuple[int, int]]) -> None:
-        write_values(target.data_ptr(), values, int(self._compute.cuda_stream))
+        self._writes.send(target.data_ptr(), values, int(self._compute.cuda_stream))
 
     def passed(self, mark: Mark) -> bool:
         return bool(mark.event.query())

@@ -31,7 +31,7 @@ def test_values_are_written_in_as_few_calls_as_can_be(monkeypatch, count):
     library = SimpleNamespace(cuStreamBatchMemOp_v2=write)
     monkeypatch.setattr(driver, "_library", lambda: library)
     values = [(3 * n, n - 1) for n in range(count)]
-    driver.write_values(1 << 40, values, 7)
+    driver.Writes().send(1 << 40, values, 7)
     assert [len(call) for call in calls] == [min(256, count - n) for n in range(0, count, 256)]
     expected = [((1 << 40) + 4 * at, value % 2**32) for at, value in values]
     assert [pair for call in calls for pair in call] == expected
@@ -57,6 +57,6 @@ def test_a_refusal_is_said(monkeypatch):
     monkeypatch.setattr(driver, "_library", lambda: library)
     monkeypatch.setattr(driver, "_batch", lambda: lambda *given: 801)
     with pytest.raises(OffloadError, match=r"expert table failed: CUDA error 1$"):
-        driver.write_values(0, [(0, 1)], 0)
+        driver.Writes().send(0, [(0, 1)], 0)
     with pytest.raises(OffloadError, match=r"^2 copies to the GPU failed: CUDA error 801$"):
         driver.copy_all_to_device([(1, 2, 3)] * 2, 0)
