@@ -13,7 +13,8 @@ d  scheduler: dividing tokens, moving keys and values, and what both win, at bat
 
 A cell that fails says why (``failed``) and the others go on; after --limit seconds none is begun
 (``skipped``). The file is written anew after every cell; parts that --only leaves out stay as
-they were in it. --tiny is a dry run on small models.
+they were in it, if the same machine, software and profile measured them. --tiny is a dry run on
+small models.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ from traces.errors import InputError
 from traces.writing import replacing
 
 PARTS = {"a": "speed", "b": "memory", "c": "predictor", "d": "scheduler"}
+
+PARTS_BY_NAME = {name: letter for letter, name in PARTS.items()}
+
+#: What the parts of one file have in common.
+SAME = ("schema", "machine", "versions", "hardware", "tiny")
 
 #: The parts that replay, by letter, in the order in which they run for one model.
 REPLAYED = {
@@ -130,12 +136,22 @@ def _chosen(text: str) -> str:
     return "".join(letters)
 
 
-def _kept(path: Path | None) -> dict[str, Any]:
-    """The parts of an earlier run in the file at *path*."""
+def _kept(path: Path | None, head: dict[str, Any], parts: str) -> dict[str, Any]:
+    """What the file at *path* holds beside *parts*; measured as *head* says, or InputError."""
     if path is None or not path.exists():
         return {}
-    parts: dict[str, Any] = json.loads(path.read_text())["parts"]
-    return parts
+    try:
+        before = json.loads(path.read_text())
+        kept = {n: rows for n, rows in before["parts"].items() if PARTS_BY_NAME[n] not in parts}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"--json {path}: not written by this program, expected another") from None
+    for name in SAME if kept else ():
+        if before.get(name) != head[name]:
+            raise InputError(
+                f"--json {path}: {', '.join(kept)} measured with {name} {before.get(name)}, "
+                f"expected {head[name]}; name another file"
+            )
+    return kept
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
@@ -150,17 +166,18 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         parts = _chosen(given.only)
         profile, device = load_profile(given.hardware), pick_device(given.device)
+        head: dict[str, Any] = {
+            "schema": 1,
+            **surroundings("gpu" if device.type == "cuda" else device.type),
+            "hardware": {"name": profile.name, "kind": profile.kind},
+            "tiny": given.tiny,
+        }
+        kept = _kept(given.json, head, parts)
     except InputError as error:
         print(f"expertflow_gpu: {error}", file=sys.stderr)
         return 2
     machine = Machine(device.type, given.hardware, given.attempts, given.tiny)
-    data: dict[str, Any] = {
-        "schema": 1,
-        **surroundings("gpu" if device.type == "cuda" else device.type),
-        "hardware": {"name": profile.name, "kind": profile.kind},
-        "tiny": given.tiny,
-        "parts": _kept(given.json) | {PARTS[letter]: [] for letter in parts},
-    }
+    data = head | {"parts": kept | {PARTS[letter]: [] for letter in parts}}
     for letter, row in rows(parts, given.model, machine, clock):
         data["parts"][PARTS[letter]].append(row)
         data["seconds"] = round(clock.spent_s, 1)

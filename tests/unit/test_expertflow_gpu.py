@@ -138,3 +138,23 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert "no part 'e'" in errors[0]
+
+
+def test_other_parts_stay_if_they_were_measured_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, before = run(tmp_path, "--limit", "0", "--only", "a")
+    _, parts = run(tmp_path, "--limit", "0", "--only", "b")
+    assert parts["speed"] == before["speed"]
+    assert set(parts) == {"speed", "memory"}
+    file = tmp_path / "gpu.json"
+    words = ["--tiny", "--device", "cpu", "--limit", "0", "--json", str(file)]
+    for other, said in (
+        (json.loads(file.read_text()) | {"machine": "another"}, "measured with machine another"),
+        ([], "not written by this program"),
+    ):
+        file.write_text(json.dumps(other))
+        assert expertflow_gpu.main([*words, "--only", "b"]) == 2
+        [error] = capsys.readouterr().err.splitlines()
+        assert said in error
+        assert json.loads(file.read_text()) == other
