@@ -202,12 +202,12 @@ def measure_runs(
 ) -> Runs:
     """Every policy on small experts, a few on larger ones, on a device with graphs."""
     device = bench.device.type
-    names = list(POLICIES.classes())
+    classes = POLICIES.classes()
     budgets = BUDGETS[:1] if bench.quick else BUDGETS
     with sessions(SMALL, BATCHES, device) as found:
         quiet = timed_runs(found, ["lru"], ["100%"])
-        runs = timed_runs(found, names, budgets, advance)
-    inexact = [run for run in runs if not POLICIES.classes()[run.policy].exact]
+        runs = timed_runs(found, list(classes), budgets, advance)
+    inexact = [run for run in runs if not classes[run.policy].exact]
     # Of one token at a time, as the first of *quiet*; the others hardly have quiet events.
     more_s = more_layer_s(inexact, layer_s(quiet[0]))
     bench.free()

@@ -26,7 +26,7 @@ def sources_of(bench: Bench, found: Measured) -> dict[str, str]:
         "gpu.memory_bytes_per_s": f"copy within the device, read and write together, {by}",
         "gpu.bf16_flops_per_s": f"one large bf16 matmul, {by}",
         "gpu.kernel_min_s": f"200 smallest kernels in a row{' in a graph' * bench.cuda}, {by}",
-        "link.h2d": f"{memory}, means of {PASSES} passes of medians, {by}",
+        "link.h2d": f"{memory}, means of {PASSES} passes of medians, {by}{_longer(found.runs)}",
         "link.d2h": f"{memory}, means of {PASSES} passes of medians, {by}",
         "host.copy_issue_s": "the runtime's own copies of 4 KiB, host time with their marks",
         "host.kernel_launch_s": f"host time of a layer over its operations, {model}",
@@ -60,6 +60,13 @@ def _missed(lru: Stages | None) -> str:
         return ""
     constant = f"where a constant misses {lru.demand.constant_residual_s:.1e} s"
     return f"; lru misses {lru.demand.residual_s:.1e} s {constant}"
+
+
+def _longer(runs: Runs | None) -> str:
+    """What was added to the copies of experts; nothing if no runs were made."""
+    if runs is None:
+        return ""
+    return f"; from 1 MiB on and {runs.copy_longer_s:.1e} s, which copies take longer in whole runs"
 
 
 def _graph_sources(found: Measured) -> dict[str, str]:
@@ -118,10 +125,6 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
             f"{runs.misses.copy_s:.3e} s each; misses {runs.misses.missed:.1%} of an event"
         ),
         "host.miss_s": "median of policy_miss_s",
-        "link.h2d": (
-            f"pinned memory, means of {PASSES} passes of medians, CUDA events; from 1 MiB on and "
-            f"{runs.copy_longer_s:.1e} s, which copies take longer in whole runs"
-        ),
         "host.late_issue_s": fit,
         "host.prefetch_issue_s": "fitted with return_s",
         "host.return_s": "from prefetches issued to the next answer, of events whose answer waited",
