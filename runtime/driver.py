@@ -9,8 +9,8 @@ from typing import Any
 
 from runtime.errors import OffloadError
 
-#: The most writes that the driver takes in one call.
-MOST_WRITES = 256
+#: The most writes that the driver takes in one call: fewer than 256.
+MOST_WRITES = 255
 
 #: ``CU_STREAM_MEM_OP_WRITE_VALUE_32``.
 _WRITE_VALUE_32 = 2

@@ -70,7 +70,8 @@ def test_the_figures_are_of_this_world(measured):
     assert all(0.0005 < share <= 1 for share in software.kv_efficiency.values())
     assert all(0 <= seconds < 1e-6 for seconds in software.kv_token_s.values())
     assert 0.2 < software.dense_efficiency <= 1
-    assert 0.2 < profile.expert.fused_efficiency <= 1
+    # Of the rate of long copies: part of small experts may still lie in the cache beside it.
+    assert 0.2 < profile.expert.fused_efficiency < 1.3
     assert 0.2 < profile.expert.memory_efficiency <= 1
     assert 0 < gpu.workspace_bytes < 2**30
 
