@@ -58,7 +58,7 @@ _OPTIONS = (
     ),
     click.option(
         "--compute",
-        type=click.Choice(["fused", "reference"]),
+        type=click.Choice(["graph", "fused", "reference"]),
         help="Kernels of the real runs. [default: fused on CUDA, else reference]",
     ),
     click.option("--sequences", type=int, help="Only the first N sequences (or prompts)."),

@@ -54,7 +54,7 @@ _OPTIONS = (
         "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
     ),
     click.option(
-        "--compute", type=click.Choice(["auto", "fused", "reference"]), default="auto",
+        "--compute", type=click.Choice(["auto", "graph", "fused", "reference"]), default="auto",
         show_default=True, help="Our kernels or transformers'; auto: ours on CUDA.",
     ),
     click.option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -49,6 +49,8 @@ class Copier:
         self.busy_s = 0.0
         #: Copies issued since somebody last emptied this list, if there is one.
         self.issued: list[Copied] | None = None
+        #: Called with moves and the mark behind them when they are issued, if set.
+        self.on_issue: Callable[[Sequence[Move], Mark], None] | None = None
         #: Whether every copy has marks of its own, even where they are issued together.
         self.marks_each = False
 
@@ -123,6 +125,8 @@ class Copier:
         target = self._bank.target
         pairs = [(target(move.slot), self._from(move)) for move in moves]
         begin, end = self._lanes.copy_all(pairs)
+        if self.on_issue is not None:
+            self.on_issue(moves, end)
         copied = Copied(moves, begin, end)
         self._flying.append(copied)
         if self.issued is not None:

@@ -106,16 +106,21 @@ class Writes:
             write.operation = _WRITE_VALUE_32
 
     def send(self, target: int, values: Sequence[tuple[int, int]], stream: int) -> None:
-        """Let *stream* set elements of the int32 array at device address *target*.
+        """Let *stream* set elements of the int32 array at address *target*.
 
-        *values* are pairs of an element and what it becomes. One call of the driver takes
-        :data:`MOST_WRITES`, in little more time than a single write.
+        *values* are pairs of an element and what it becomes; addresses are of device memory or
+        of pinned host memory. What *stream* was given before is visible to all who see them.
+        One call of the driver takes :data:`MOST_WRITES`, in little more time than a single write.
         """
+        self.put([(target + 4 * at, value) for at, value in values], stream)
+
+    def put(self, values: Sequence[tuple[int, int]], stream: int) -> None:
+        """The same for pairs of an address and what 32 bits become there."""
         room = self._room
         for first in range(0, len(values), MOST_WRITES):
             some = values[first : first + MOST_WRITES]
-            for write, (at, value) in zip(room, some, strict=False):
-                write.address = target + 4 * at
+            for write, (address, value) in zip(room, some, strict=False):
+                write.address = address
                 write.value = value & 0xFFFFFFFF
             code = _library().cuStreamBatchMemOp_v2(stream, len(some), room, 0)
             if code:

@@ -48,6 +48,8 @@ class Engine:
         self._borrowed: list[int] = []
         #: Where every copy lies, moves of later waves not yet made: the ledger is ahead of it.
         self._slot: dict[int, int] = {}
+        #: Called with moves when they are decided, before they are issued, if set.
+        self.on_place: Callable[[Sequence[Move]], None] | None = None
         #: Notes an event's moments, if anybody wants to know.
         self.clock: EventClock | None = None
         #: Called when the host begins to wait for an answer, if set.
@@ -218,6 +220,8 @@ class Engine:
 
     def _place(self, moves: Sequence[Move]) -> None:
         """Note who is read from where once *moves* have been made."""
+        if self.on_place is not None:
+            self.on_place(moves)
         for move in moves:
             self._slot.pop(move.victim, None)
             self._slot[move.copy] = move.slot

@@ -118,6 +118,15 @@ class Gate:
         weights, order = weights.sort(dim=-1, descending=True, stable=True)
         return experts.gather(1, order), weights
 
+    @torch.no_grad()
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype in which the router returns weights, found by asking it."""
+        own = self.router.weight
+        # Not router(...): no hook of others is to see this.
+        asked = torch.zeros(1, self.hidden, dtype=own.dtype, device=own.device)
+        output = self.router.forward(asked)
+        return self.parts(output)[1].dtype
+
     def rank(self, hidden: Tensor, width: int) -> Tensor:
         """The best *width* experts int64 [T, width] this gate finds for *hidden* [T, H].
 

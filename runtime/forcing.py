@@ -27,7 +27,7 @@ class ForcedRouting(RouterHooks):
     def __init__(self, gates: Sequence[Gate], device: torch.device | str) -> None:
         super().__init__(gates)
         self._device = torch.device(device)
-        self._dtype = _weights_dtype(self.gates[0])
+        self._dtype = self.gates[0].weights_dtype()
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._current: tuple[Tensor, Tensor] | None = None
 
@@ -76,12 +76,3 @@ class ForcedRouting(RouterHooks):
             return self.gates[layer].replaced(output, weights[layer], experts[layer])
 
         return replace
-
-
-@torch.no_grad()
-def _weights_dtype(gate: Gate) -> torch.dtype:
-    """The dtype in which the router of *gate* returns weights, found by asking it."""
-    own = gate.router.weight
-    # Not router(...): no hook of others is to see this.
-    output = gate.router.forward(torch.zeros(1, gate.hidden, dtype=own.dtype, device=own.device))
-    return gate.parts(output)[1].dtype

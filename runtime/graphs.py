@@ -1,9 +1,4 @@
-"""Decode steps as chains of CUDA graphs, cut where the host must answer: at every gate.
-
-A graph holds the experts of one layer, what follows, and attention and gate of the next; it
-ends with the gate's answer on its way to the host. Launching a layer is then one call, where
-transformers' own decode makes about eighty.
-"""
+"""The captured decode steps of a model, by the shapes of their inputs."""
 
 from __future__ import annotations
 
@@ -14,13 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from policies.base import Policy
+from runtime.captured import Counters, tensors
+from runtime.chains import Chain
 from runtime.errors import warn_uncaptured
-from runtime.hook import Hook, HostAnswer
+from runtime.handshake import handshake_for
+from runtime.hook import Hook
 from runtime.masks import full_windows, masks_are_given
-from runtime.maths import Fused, Inputs
+from runtime.maths import Fused
+from runtime.whole_steps import WholeStep, runs_whole
 from runtime.window import make_capturable
 
 #: Chains kept at a time; one is needed for each batch size and cache. The one that has not run
@@ -43,11 +40,15 @@ def _capture_stream(device: torch.device) -> Any:
 
 
 class DecodeGraphs:
-    """The chains of one model, by the shapes of their inputs."""
+    """The captured steps of one model, by the shapes of their inputs.
 
-    def __init__(self, hook: Hook, forward: Callable[..., Any]) -> None:
+    With *whole* a step is one graph where that can be, else a chain of them.
+    """
+
+    def __init__(self, hook: Hook, forward: Callable[..., Any], *, whole: bool = False) -> None:
         self._hook, self._forward = hook, forward
-        self._chains: dict[Any, Chain] = {}
+        self._handshake = handshake_for(hook.engine) if whole else None
+        self._chains: dict[Any, Chain | WholeStep] = {}
         self._met: set[Any] = set()
         self._captures: Counter[Any] = Counter()
         self._most = MOST_CHAINS
@@ -76,7 +77,7 @@ class DecodeGraphs:
         self._most = min(max(MOST_CHAINS, shapes), MOST_SHAPES)
 
     @property
-    def chains(self) -> Sequence[Chain]:
+    def chains(self) -> Sequence[Chain | WholeStep]:
         """The chains captured so far."""
         return list(self._chains.values())
 
@@ -112,16 +113,16 @@ class DecodeGraphs:
         self._met = {key for key in self._met if key[0] != cache}
         self._captures = Counter({k: n for k, n in self._captures.items() if k[0] != cache})
 
-    def _capture(self, key: Any, kwargs: dict[str, Any]) -> Chain | None:
+    def _capture(self, key: Any, kwargs: dict[str, Any]) -> Chain | WholeStep | None:
         if len(self._chains) >= self._most:
             self._chains.pop(next(iter(self._chains)))
         self._captures[key] += 1
         cache = kwargs["past_key_values"]
         make_capturable(cache)
-        counters = _Counters(cache)
+        counters = Counters(cache)
         try:
             stream = _capture_stream(self._hook.engine.lanes.device)
-            chain = Chain(self._hook, self._forward, kwargs, stream)
+            chain = self._captured(kwargs, stream)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -134,11 +135,20 @@ class DecodeGraphs:
         weakref.finalize(cache, _forget, weakref.ref(self), key[0])
         return chain
 
+    def _captured(self, kwargs: dict[str, Any], stream: Any) -> Chain | WholeStep:
+        shake = self._handshake
+        if shake is not None and runs_whole(self._hook.engine.planner, kwargs["input_ids"].numel()):
+            return WholeStep(self._hook, shake, self._forward, kwargs, stream)
+        return Chain(self._hook, self._forward, kwargs, stream)
 
-def decode_graphs(hook: Hook, forward: Callable[..., Any]) -> DecodeGraphs | None:
-    """Room for the chains of a model, where its decode steps can be captured at all."""
-    cuda = hook.engine.lanes.device.type == "cuda"
-    return DecodeGraphs(hook, forward) if cuda and isinstance(hook.maths, Fused) else None
+
+def decode_graphs(
+    hook: Hook, forward: Callable[..., Any], *, whole: bool = False
+) -> DecodeGraphs | None:
+    """Room for the captured steps of a model, where they can be captured at all."""
+    if hook.engine.lanes.device.type != "cuda" or not isinstance(hook.maths, Fused):
+        return None
+    return DecodeGraphs(hook, forward, whole=whole)
 
 
 def _forget(graphs: weakref.ref[DecodeGraphs], cache: int) -> None:
@@ -147,204 +157,15 @@ def _forget(graphs: weakref.ref[DecodeGraphs], cache: int) -> None:
         alive.forget(cache)
 
 
-class _Counters:
-    """Python numbers that a cache keeps beside its tensors: a replay does not move them."""
-
-    def __init__(self, cache: Any) -> None:
-        layers = getattr(cache, "layers", [])
-        name = "cumulative_length_int"
-        self._kept = [(layer, getattr(layer, name)) for layer in layers if hasattr(layer, name)]
-
-    def restore(self) -> None:
-        for layer, count in self._kept:
-            layer.cumulative_length_int = count
-
-
-def _advance(cache: Any) -> None:
-    """Do to the Python counters of *cache* what one captured decode step would have done."""
-    for layer in getattr(cache, "layers", []):
-        if hasattr(layer, "cumulative_length_int"):
-            layer.cumulative_length_int += 1
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in *value*: itself, or those of a dict of masks."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for inner in value.values() for tensor in _tensors(inner)]
-    return []
-
-
 def _key(kwargs: dict[str, Any]) -> Any:
     """What a captured pass depends on, other than the values in its input tensors."""
     cache = kwargs["past_key_values"]
     full = full_windows(cache)
     parts: list[Any] = [id(cache), full]
     for name, value in sorted(kwargs.items()):
-        tensors = _tensors(value)
-        if tensors:
-            parts.append((name, *((tuple(t.shape), t.dtype) for t in tensors)))
+        found = tensors(value)
+        if found:
+            parts.append((name, *((tuple(t.shape), t.dtype) for t in found)))
         elif name != "past_key_values":
             parts.append((name, repr(value)))
     return tuple(parts)
-
-
-class _Gate:
-    """Where a captured gate leaves its answer, and what its experts read."""
-
-    def __init__(self, host: HostAnswer, inputs: Inputs) -> None:
-        self.host, self.inputs = host, inputs
-
-
-class Chain:
-    """One decode step of one shape: a graph up to the first gate, then one per layer."""
-
-    def __init__(
-        self, hook: Hook, forward: Callable[..., Any], kwargs: dict[str, Any], stream: Any
-    ) -> None:
-        self._hook = hook
-        maths = hook.maths
-        if not isinstance(maths, Fused):
-            raise TypeError("only fused experts can be captured")
-        self._kernels = maths.kernels
-        self._inputs = {name: _cloned(value) for name, value in kwargs.items()}
-        self._gates: list[_Gate] = []
-        self._segments: list[Any] = []
-        cuda: Any = torch.cuda
-        self._pool = cuda.graph_pool_handle()
-        #: What was computed outside of the graphs for the present event; added by the next.
-        self._extra = self._make_extra()
-        self._capture(forward, stream)
-        # The chain lives as long as its cache, not the other way round.
-        self._inputs["past_key_values"] = self._output["past_key_values"] = None
-
-    def _make_extra(self) -> Tensor | None:
-        """Room for experts that a graph cannot compute, if there can be such events."""
-        planner = self._hook.engine.planner
-        tokens = self._inputs["input_ids"].numel()
-        most = min(tokens * planner.context.top_k, planner.context.experts)
-        slots = planner.cache.full_slots
-        if planner.context.pool == "layer":
-            slots //= planner.context.layers
-        plain = type(planner.policy).serve is Policy.serve
-        if plain and slots >= most:
-            return None
-        hidden = self._hook.gates[0].hidden
-        device = self._hook.engine.lanes.device
-        return torch.zeros(tokens, hidden, dtype=torch.float32, device=device)
-
-    def _capture(self, forward: Callable[..., Any], stream: Any) -> None:
-        cuda: Any = torch.cuda
-        self._hook.capturing = self._experts
-        cuda.synchronize()
-        stream.wait_stream(cuda.current_stream())
-        try:
-            with cuda.stream(stream):
-                self._open()
-                try:
-                    self._output = forward(**self._inputs)
-                finally:
-                    self._segments[-1].capture_end()
-        finally:
-            self._hook.capturing = None
-        cuda.current_stream().wait_stream(stream)
-
-    def _open(self) -> None:
-        cuda: Any = torch.cuda
-        graph = cuda.CUDAGraph()
-        self._segments.append(graph)
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-    def _experts(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """While capturing: end this graph with the gate's answer, begin the next with experts."""
-        hook = self._hook
-        rows = hook.reader.gather(layer, hidden, index)
-        host = hook.reader.new_buffers(rows, weights)
-        host.take(rows, weights)
-        self._segments[-1].capture_end()
-        table = hook.engine.table.slots[layer]
-        self._gates.append(_Gate(host, (hidden, index, weights, table)))
-        self._open()
-        out = torch.empty_like(hidden)
-        self._kernels.run(hidden, index, weights, table, out)
-        if self._extra is not None:
-            out = (out + self._extra).to(hidden.dtype)
-            self._extra.zero_()
-        return out
-
-    def replay(self, kwargs: dict[str, Any], *, counted: bool) -> Any:
-        """Run one step; *counted* if the cache's Python counters have moved already."""
-        for name, value in kwargs.items():
-            _refresh(self._inputs[name], value)
-        self._segments[0].replay()
-        self._hook.expect_answer()
-        for layer, gate in enumerate(self._gates):
-            self._hook.await_answer()
-            self._event(layer, gate)
-        cache = kwargs["past_key_values"]
-        if not counted:
-            _advance(cache)
-        return self._result(cache)
-
-    def segments(self) -> Sequence[Any]:
-        """The captured graphs in order: up to the first gate, one per layer, to the end."""
-        return self._segments
-
-    def replay_blind(self) -> None:
-        """Run every graph once with what the table holds, whatever the gates answer."""
-        for segment in self._segments:
-            segment.replay()
-        torch.cuda.synchronize()
-
-    def _event(self, layer: int, gate: _Gate) -> None:
-        engine = self._hook.engine
-        routing = self._hook.route(layer, gate.host.read())
-        plan, late = engine.decide(routing, together=True)
-        if plan.whole:
-            engine.at_once(plan, late)
-        else:
-            self._apart(layer, gate, routing, plan, late)
-        self._segments[layer + 1].replay()
-        if layer + 1 < len(self._gates):
-            self._hook.expect_answer()
-        engine.note()
-        engine.after(plan, late)
-
-    def _apart(self, layer: int, gate: _Gate, routing: Any, plan: Any, late: Any) -> None:
-        """Compute an event's experts here, so that the next graph finds none to compute."""
-        engine, extra = self._hook.engine, self._extra
-        if extra is None:
-            raise RuntimeError(f"event {routing.event}: waves came where none were foreseen")
-
-        def compute(only: int) -> None:
-            hidden, index, weights, table = gate.inputs
-            self._kernels.run(hidden, index, weights, table, extra, only=only, accumulate=True)
-
-        def on_cpu(experts: Any) -> None:
-            extra.add_(self._hook.cpu.rows(layer, experts, *gate.inputs[:3]))
-
-        engine.in_groups(routing, plan, late, compute, on_cpu)
-        engine.hide(routing)
-
-    def _result(self, cache: Any) -> Any:
-        """The captured output with logits of its own: the next replay overwrites them."""
-        output = type(self._output)(**dict(self._output))
-        output["logits"] = output.logits.clone()
-        output["past_key_values"] = cache
-        return output
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {name: _cloned(inner) for name, inner in value.items()}
-    return value
-
-
-def _refresh(mine: Any, value: Any) -> None:
-    """Copy the tensors of *value* over those captured."""
-    for target, source in zip(_tensors(mine), _tensors(value), strict=True):
-        if target.data_ptr() != source.data_ptr():
-            target.copy_(source, non_blocking=True)

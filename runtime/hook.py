@@ -119,6 +119,11 @@ class HostAnswer:
         self._experts = values[:, :top_k]
         self._ahead = [values[:, start : start + width] for start in starts]
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor | None]:
+        """The memory for rows and weights, for a kernel that writes it itself."""
+        return self._rows, self._weights
+
     def take(self, rows: Tensor, weights: Tensor) -> None:
         """Have the device send its answer here."""
         self._rows.copy_(rows, non_blocking=True)

@@ -21,13 +21,22 @@ from runtime.driver import Writes, copy_all_to_device, copy_to_device
 
 
 class Mark:
-    """A point of a lane; *at_s* is when it passed, on the device's clock, once read."""
+    """A point of a lane; *at_s* is when it passed, on the device's clock, once read.
 
-    __slots__ = ("at_s", "event")
+    *ticket* is the number of the copy before it, where copies are counted as they land.
+    """
 
-    def __init__(self, event: Any = None) -> None:
-        self.event = event
+    __slots__ = ("at_s", "event", "ticket")
+
+    def __init__(self, event: Any = None, ticket: int = 0) -> None:
+        self.event, self.ticket = event, ticket
         self.at_s = 0.0
+
+
+def view_of(tensor: Tensor) -> Any:
+    """The numbers of a one-dimensional *tensor* on the host, to read and set at little cost."""
+    numbers: Any = tensor.numpy()
+    return memoryview(numbers)
 
 
 class Lanes(ABC):
@@ -103,6 +112,9 @@ class CudaLanes(Lanes):
         self._new: Callable[[], Any] = lambda: cuda.Event(enable_timing=timed)
         self._spare: list[Any] = []
         self._writes = Writes()
+        self._issued = 0
+        self._landed: tuple[Tensor, Tensor] | None = None
+        self._landed_now: Any = None
         self._origin = cuda.Event(enable_timing=True)
         self._origin.record()
         #: Stretches every copy by so many GPU cycles: for tests.
@@ -142,13 +154,28 @@ class CudaLanes(Lanes):
             rest = [(t.data_ptr(), s.data_ptr(), s.nbytes) for t, s in pairs[1:]]
             copy_all_to_device(rest, self._copy_handle)
         end = Mark(self._event())
+        if self._landed is not None:
+            self._issued = end.ticket = self._issued + 1
+            here, there = self._landed
+            written = (here.data_ptr(), end.ticket), (there.data_ptr(), end.ticket)
+            self._writes.put(written, self._copy_handle)
         end.event.record(stream)
         return begin, end
+
+    def count_landings(self) -> Tensor:
+        """Number copies from now on; int32 [1] on the device, the last number to have landed."""
+        if self._landed is None:
+            there = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self._landed = torch.zeros(1, dtype=torch.int32, device=self.device), there
+            self._landed_now = view_of(there)
+        return self._landed[0]
 
     def write(self, target: Tensor, values: Sequence[tuple[int, int]]) -> None:
         self._writes.send(target.data_ptr(), values, int(self._compute.cuda_stream))
 
     def passed(self, mark: Mark) -> bool:
+        if mark.ticket:
+            return bool(self._landed_now[0] >= mark.ticket)
         return bool(mark.event.query())
 
     def compute_after(self, mark: Mark) -> None:

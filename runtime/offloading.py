@@ -40,7 +40,7 @@ from traces.errors import first_line
 from traces.model import ModelSpec
 from traces.store import open_trace
 
-COMPUTE = ("auto", "fused", "reference")
+COMPUTE = ("auto", "graph", "fused", "reference")
 KERNELS = ("generate", "batched_mm", "grouped_mm")
 
 
@@ -49,12 +49,13 @@ class Options:
     """How a model is offloaded; ``docs/runtime.md`` explains each.
 
     One of *slots*, *cache* (``"25%"``) and *gpu_memory* (``"8GiB"``) is the budget, half of
-    the experts by default. *compute* is ``fused`` (our kernels), ``reference``
-    (transformers' own *kernel*) or ``auto``: fused on CUDA. *max_tokens* bounds the key-value
-    cache that *gpu_memory* leaves room for, for each of the *batch* sequences of *turns*
-    batches that decode by turns. *graphs* captures decode steps where that can be done. *pin*
-    false keeps the experts in pageable memory. *record* keeps the routing, *timed* the time of
-    every stretch.
+    the experts by default. *compute* is ``graph`` (our kernels, a decode step in one CUDA graph
+    where that can be), ``fused`` (our kernels, a graph from each gate to the next), ``reference``
+    (transformers' own *kernel*) or ``auto``: graph on CUDA, reference elsewhere. *max_tokens*
+    bounds the key-value cache that *gpu_memory* leaves room for, for each of the *batch*
+    sequences of *turns* batches that decode by turns. *graphs* captures decode steps where that
+    can be done. *pin* false keeps the experts in pageable memory. *record* keeps the routing,
+    *timed* the time of every stretch.
     """
 
     slots: int | None = None
@@ -86,6 +87,12 @@ class Options:
         for name in ("depth", "batch", "turns", "max_tokens"):
             if getattr(self, name) < 1:
                 raise OffloadError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    def computes(self, device: torch.device) -> str:
+        """The way to compute on *device*: *compute*, with ``auto`` resolved."""
+        if self.compute == "auto":
+            return "graph" if device.type == "cuda" else "reference"
+        return self.compute
 
 
 def offload(
@@ -262,7 +269,8 @@ class _Builder:
         engine.watch.on = options.timed
         hook = make_hook(self.model, self.gates, engine, options, ahead)
         hook.steps = steps
-        return Runner(self.model, hook, steps, graphs=options.graphs)
+        whole = options.computes(self.device) == "graph"
+        return Runner(self.model, hook, steps, graphs=options.graphs, whole=whole)
 
 
 def make_hook(
@@ -277,8 +285,8 @@ def make_hook(
         width=min(2 * gates[0].top_k, gates[0].num_experts) if ahead else 0,
         pin=device.type == "cuda",
     )
-    fused = options.compute == "fused" or (options.compute == "auto" and device.type == "cuda")
-    maths = Fused(engine, gates) if fused else Reference(engine, gates, options.kernel)
+    reference = options.computes(device) == "reference"
+    maths = Reference(engine, gates, options.kernel) if reference else Fused(engine, gates)
     hook = Hook(engine, gates, reader, maths)
     install(model, gates, hook)
     return hook

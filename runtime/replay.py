@@ -42,8 +42,9 @@ class Replay:
         hook.steps = ReplayedSteps(session.model)
         self._forced = ForcedRouting(hook.gates, hook.engine.lanes.device)
         self._forced.__enter__()
-        self._graphs = decode_graphs(hook, model.forward) if options.graphs else None
         self._device = hook.engine.lanes.device
+        whole = options.computes(self._device) == "graph"
+        self._graphs = decode_graphs(hook, model.forward, whole=whole) if options.graphs else None
         self._keys = session.batches().decode_shapes()
         self._most = session.shape.prompt_tokens
         longest, self._schedule = session.shape.cache_tokens, session.schedule

@@ -49,10 +49,12 @@ class Runner:
     then everything is freed, and the model says so when it is asked again.
     """
 
-    def __init__(self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool) -> None:
+    def __init__(
+        self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool, whole: bool = False
+    ) -> None:
         self.hook, self.engine, self.steps = hook, hook.engine, steps
         self.plain_forward = _without_owner(model.forward)
-        self.graphs = self._decode_graphs(model) if graphs else None
+        self.graphs = self._decode_graphs(model, whole) if graphs else None
         self._config, self._dtype = model.config, model.dtype
         self._demand: list[list[list[int]]] = []
         #: The cache of the pass before, which is not to be kept alive.
@@ -73,13 +75,13 @@ class Runner:
         self._holdings = Holdings(self.engine)
         self._free = weakref.finalize(model, self._holdings.free)
 
-    def _decode_graphs(self, model: Any) -> DecodeGraphs | None:
+    def _decode_graphs(self, model: Any, whole: bool) -> DecodeGraphs | None:
         """Room for captured decode steps, after making *model* ready for them; None if it is not.
 
         What looks at the length of a sequence is refused here: a capture that the device breaks
         off may leave its random generator unusable.
         """
-        graphs = decode_graphs(self.hook, self.plain_forward)
+        graphs = decode_graphs(self.hook, self.plain_forward, whole=whole)
         if graphs is None:
             return None
         why = follows_length(model)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from policies.result import CAUSES
 from runtime.lanes import Lanes, Mark
+
+#: The same in seconds of the device's clock.
+Timed = tuple[str, float, float]
 
 #: A stretch of the computing lane: its cause, and the marks before and after it.
 Stretch = tuple[str, Mark, Mark]
@@ -20,6 +25,7 @@ class Stopwatch:
         self.on = False
         self._last: Mark | None = None
         self._stretches: list[Stretch] = []
+        self._deferred: Callable[[], Sequence[Timed]] | None = None
 
     def start(self) -> None:
         """A step begins on the computing lane."""
@@ -36,16 +42,37 @@ class Stopwatch:
         self._last = mark
         return mark
 
-    def stretches(self) -> list[tuple[str, float, float]]:
+    def defer(self, read: Callable[[], Sequence[Timed]]) -> None:
+        """Once the step is over *read* tells of stretches within those split, in order."""
+        self._deferred = read
+
+    def stretches(self) -> list[Timed]:
         """(cause, start, end) in seconds of the device's clock; the step must be over."""
         read = self._lanes.read
         found = [(cause, read(begin), read(end)) for cause, begin, end in self._stretches]
+        if self._deferred is not None:
+            found = _parted(found, self._deferred())
+            self._deferred = None
         self._lanes.recycle([begin for _, begin, _ in self._stretches])
         self._stretches = []
         return found
 
 
-def by_cause(stretches: list[tuple[str, float, float]]) -> dict[str, float]:
+def _parted(stretches: Sequence[Timed], inside: Sequence[Timed]) -> list[Timed]:
+    """*stretches* with those *inside* them cut out, each with its own cause."""
+    parts: list[Timed] = []
+    for cause, begin, end in stretches:
+        at = begin
+        for other, first, last in inside:
+            first, last = max(first, at), min(last, end)
+            if first < last:
+                parts += [(cause, at, first), (other, first, last)]
+                at = last
+        parts.append((cause, at, end))
+    return parts
+
+
+def by_cause(stretches: Sequence[Timed]) -> dict[str, float]:
     """Seconds of each cause."""
     seconds = dict.fromkeys(CAUSES, 0.0)
     for cause, begin, end in stretches:

@@ -94,6 +94,7 @@ class DecodeKernels:
         out: Tensor,
         only: int,
         accumulate: bool,
+        wait: bool = False,
     ) -> None:
         """:meth:`runtime.kernels.FusedExperts.run` for at most the *tokens* given."""
         tokens, top_k = index.shape
@@ -111,7 +112,7 @@ class DecodeKernels:
         given = (hidden, index, weights, table, out, only)
         launches = self._launches(given, rounds)
         padded = _power_of_two(tokens * top_k) if self._cut.group else 0
-        key = (hidden.dtype, weights.dtype, table.dtype, out.dtype, accumulate, padded)
+        key = (hidden.dtype, weights.dtype, table.dtype, out.dtype, accumulate, padded, wait)
         known = self._compiled.get(key) if aligned else None
         if known is not None:
             # Past Triton's own dispatch, which takes longer than the kernels run.
@@ -121,12 +122,17 @@ class DecodeKernels:
         compiled = [
             (step.function[grid](*inputs, *step.constants, **step.options), step.constants)
             for step, (grid, inputs) in zip(
-                self._steps(rounds, accumulate, padded), launches, strict=True
+                self._steps(rounds, accumulate, padded, wait), launches, strict=True
             )
         ]
         # Triton's interpreter gives no kernels; unaligned ones are rare and go the long way.
         if aligned and all(kernel is not None for kernel, _ in compiled):
             self._compiled[key] = compiled
+
+    @property
+    def waits(self) -> bool:
+        """Whether :meth:`run` can *wait*: its kernels begin before the one before has ended."""
+        return self._cut.overlap
 
     def compile(self, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
         """Compile for *given* (hidden, index, weights, table, out) of :meth:`run`, run nothing.
@@ -136,7 +142,7 @@ class DecodeKernels:
         hidden, index = given[:2]
         rounds = self._rounds and hidden.dtype == self._full.dtype
         padded = _power_of_two(index.numel()) if self._cut.group else 0
-        steps = self._steps(rounds, False, padded)
+        steps = self._steps(rounds, False, padded, False)
         for step, (grid, inputs) in zip(steps, self._launches((*given, -1), rounds), strict=True):
             step.function.warmup(*inputs, *step.constants, grid=grid, **step.options)
 
@@ -173,27 +179,29 @@ class DecodeKernels:
             ))  # fmt: skip
         return launches
 
-    def _steps(self, rounds: bool, accumulate: bool, padded: int) -> list[_Step]:
+    def _steps(self, rounds: bool, accumulate: bool, padded: int, wait: bool) -> list[_Step]:
         """What is launched, in the order of :meth:`_launches`; *padded* pairs if grouped."""
         cut, grouped = self._cut, self._cut.group > 0
         steps = []
         if grouped:
             # A pair is compared with every other: at most 16 comparisons a thread at once.
             warps = min(16, max(4, padded // 16))
-            constants: Constants = (cut.group, padded, min(padded, COMPARED), cut.overlap)
-            steps.append(_Step(triton_kernels.prepare_kernel, constants, {"num_warps": warps}))
+            constants: Constants = (cut.group, padded, min(padded, COMPARED), cut.overlap, wait)
+            options = {"num_warps": warps, **({"launch_pdl": True} if wait else {})}
+            steps.append(_Step(triton_kernels.prepare_kernel, constants, options))
         steps.append(
             _Step(
                 triton_kernels.first_kernel,
-                self._first_constants(rounds),
-                # Pairs by themselves follow a kernel that is not ours, and wait for all of it.
-                _options(cut.first, cut.overlap and grouped),
+                (*self._first_constants(rounds), wait),
+                # Pairs by themselves follow a kernel that is not ours, and wait for all of it,
+                # unless it is the gate's.
+                _options(cut.first, cut.overlap and (grouped or wait)),
             )
         )
         steps.append(
             _Step(
                 triton_kernels.second_kernel,
-                self._second_constants(rounds, accumulate),
+                (*self._second_constants(rounds, accumulate), wait),
                 _options(cut.second, cut.overlap),
             )
         )

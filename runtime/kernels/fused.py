@@ -94,6 +94,7 @@ class FusedExperts:
         *,
         only: int = -1,
         accumulate: bool = False,
+        wait: bool = False,
     ) -> None:
         """Write the weighted sum of each token's experts to *out* [T, H].
 
@@ -103,17 +104,23 @@ class FusedExperts:
         dtype of *hidden* or float32, and is added to if *accumulate*. All tensors lie on the
         bank's device. With triton, a call for at most :data:`DECODE_TOKENS` tokens (without
         *rounds* :data:`PAIR_TOKENS`) waits for nothing, and a CUDA graph may capture it once
-        it has run.
+        it has run. With *wait*, where :meth:`waits`, the launch before is that of a gate
+        (:class:`runtime.kernels.gate.GateKernel`), which may still be looking for experts.
         """
         kernels = self._kernels(len(hidden))
         if kernels is not None:
-            kernels.run(hidden, index, weights, table, out, only, accumulate)
+            kernels.run(hidden, index, weights, table, out, only, accumulate, wait)
             return
         call = Call(hidden, index, weights, table, out, only, accumulate)
         if hidden.device.type == "cuda":
             run_prefill(self.banks, self.gating, call, self._grouped, self.rounds)
         else:
             run_plain(self.banks, self.gating, call)
+
+    def waits(self, tokens: int) -> bool:
+        """Whether calls for *tokens* tokens can compute some experts while others are awaited."""
+        kernels = self._kernels(tokens)
+        return kernels is not None and kernels.waits
 
     def _kernels(self, tokens: int) -> DecodeKernels | None:
         """The decode kernels for *tokens*; None if there are too many for them."""

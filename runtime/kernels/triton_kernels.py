@@ -34,8 +34,11 @@ def _await(OVERLAP: tl.constexpr):
 def prepare_kernel(
     index, table, slots, members, notes, count, items, only,
     CHUNK: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """Group the first *count* of PAIRS pairs by slot, CHUNK at most in a group; one program.
+
+    With WAIT by expert: slots may not be known yet, and this kernel begins before they are.
 
     *slots* int32 [items] takes each group's slot, -1 behind the last; *members* int32
     [items, CHUNK] its pairs in their order, then -1. Groups come in the order of their first
@@ -45,7 +48,10 @@ def prepare_kernel(
     if OVERLAP:
         gdc_launch_dependents()
     i = tl.arange(0, PAIRS)
-    slot = slot_of(index, table, i, i < count, only).to(tl.int32)
+    if WAIT:
+        slot = tl.load(index + i, mask=i < count, other=-1).to(tl.int32)
+    else:
+        slot = slot_of(index, table, i, i < count, only).to(tl.int32)
     tl.store(notes + i, slot)
     tl.debug_barrier()
     # How many pairs of its slot come before a pair.
@@ -121,7 +127,7 @@ def first_kernel(
     ROUND: tl.constexpr, OVERLAP: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BYTES: tl.constexpr, LOW_K: tl.constexpr,
-    LOW_STAGES: tl.constexpr,
+    LOW_STAGES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """inner [pairs, INNER] = activation(first projection); grid (items, blocks, SPLITS).
 
@@ -132,8 +138,10 @@ def first_kernel(
     DTYPE: tl.constexpr = full.dtype.element_ty
     OUT: tl.constexpr = 2 * INNER if GATED else INNER
     ROWS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
-    _await(OVERLAP)
-    slot, pairs = item_of(index, table, slots, members, only, CHUNK > 0, CHUNK, M)
+    # A pair that waits for its own expert does not wait for the kernel that finds all others.
+    ALONE: tl.constexpr = WAIT and CHUNK == 0
+    _await(OVERLAP and not ALONE)
+    slot, pairs = item_of(index, table, slots, members, only, CHUNK > 0, CHUNK, M, WAIT)
     if slot >= 0:
         n0 = tl.program_id(1) * BLOCK_N
         split = tl.program_id(2)
@@ -176,6 +184,7 @@ def first_kernel(
                     BLOCK_N, M,
                 )  # fmt: skip
                 tl.store(to, value.to(inner.dtype.element_ty), mask=to_mask)
+    _await(OVERLAP and ALONE)
 
 
 @triton.jit
@@ -221,7 +230,7 @@ def second_kernel(
     ACCUMULATE: tl.constexpr, ROUND: tl.constexpr, OVERLAP: tl.constexpr,
     CHUNK: tl.constexpr, M: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BYTES: tl.constexpr, LOW_K: tl.constexpr, LOW_STAGES: tl.constexpr,
+    BYTES: tl.constexpr, LOW_K: tl.constexpr, LOW_STAGES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """partial float32 [pairs, SPLITS, OUT] = second projection; grid (items, blocks, SPLITS).
 
@@ -233,7 +242,7 @@ def second_kernel(
     item = tl.program_id(0)
     split = tl.program_id(2)
     # What the kernel before did not write can be read before it ends.
-    slot, pairs = item_of(index, table, slots, members, only, CHUNK > 0, CHUNK, M)
+    slot, pairs = item_of(index, table, slots, members, only, CHUNK > 0, CHUNK, M, WAIT)
     _await(OVERLAP)
     n0 = tl.program_id(1) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)

@@ -21,21 +21,45 @@ def slot_of(index, table, pairs, mask, only):
     return tl.where((only >= 0) & (slot != only), -1, slot).to(tl.int64)
 
 
+#: What a table says of an expert whose copy has not landed: the kernel behind the gate is about
+#: to write its slot there (:mod:`runtime.kernels.triton_gate`).
+COMING = tl.constexpr(-2)
+
+
+@triton.jit
+def _awaited(table, expert, here):
+    """The slot of *expert*, -1 if not *here*, once it is there."""
+    slot = tl.load(table + expert, mask=here, other=-1, volatile=True)
+    if slot == COMING:
+        while slot == COMING:
+            slot = tl.load(table + expert, mask=here, other=-1, volatile=True)
+        # What the copy brought is read after this.
+        tl.atomic_add(table + expert, 0, sem="acquire", scope="gpu")
+    return slot.to(tl.int64)
+
+
 @triton.jit
 def item_of(
-    index, table, slots, members, only, GROUPED: tl.constexpr, CHUNK: tl.constexpr, M: tl.constexpr
-):
+    index, table, slots, members, only, GROUPED: tl.constexpr, CHUNK: tl.constexpr,
+    M: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
     """The slot of this program's work, and its pairs int [M], -1 where there are fewer.
 
-    GROUPED: an entry of *slots* and *members* (:func:`prepare_kernel`), else one pair.
+    GROUPED: an entry of *slots* and *members* (:func:`prepare_kernel`), else one pair. With WAIT
+    *slots* has experts, and *table* may still say that one is :data:`COMING`.
     """
     item = tl.program_id(0)
     m = tl.arange(0, M)
     if GROUPED:
         slot = tl.load(slots + item).to(tl.int64)
         pairs = tl.load(members + item * CHUNK + m, mask=m < CHUNK, other=-1)
+        if WAIT:
+            slot = _awaited(table, slot, slot >= 0)
     else:
-        slot = slot_of(index, table, item, True, only)
+        if WAIT:
+            slot = _awaited(table, tl.load(index + item), True)
+        else:
+            slot = slot_of(index, table, item, True, only)
         pairs = tl.where(m == 0, item, -1)
     return slot, pairs
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 
 from runtime import driver
+from runtime.driver import MOST_WRITES as MOST
 from runtime.errors import OffloadError
 
 
@@ -18,7 +19,7 @@ def test_structures_are_as_long_as_the_drivers():
     assert ctypes.sizeof(driver._CopyAttributes) == 24
 
 
-@pytest.mark.parametrize("count", [0, 1, 256, 257, 600])
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 600])
 def test_values_are_written_in_as_few_calls_as_can_be(monkeypatch, count):
     calls = []
 
@@ -32,7 +33,7 @@ def test_values_are_written_in_as_few_calls_as_can_be(monkeypatch, count):
     monkeypatch.setattr(driver, "_library", lambda: library)
     values = [(3 * n, n - 1) for n in range(count)]
     driver.Writes().send(1 << 40, values, 7)
-    assert [len(call) for call in calls] == [min(256, count - n) for n in range(0, count, 256)]
+    assert [len(call) for call in calls] == [min(MOST, count - n) for n in range(0, count, MOST)]
     expected = [((1 << 40) + 4 * at, value % 2**32) for at, value in values]
     assert [pair for call in calls for pair in call] == expected
 

@@ -1,0 +1,94 @@
+"""A decode step that has been captured: its inputs, its output, what else a replay has to move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from runtime.hook import HostAnswer
+from runtime.maths import Inputs
+
+
+class Counters:
+    """Python numbers that a cache keeps beside its tensors: a replay does not move them."""
+
+    def __init__(self, cache: Any) -> None:
+        layers = getattr(cache, "layers", [])
+        name = "cumulative_length_int"
+        self._kept = [(layer, getattr(layer, name)) for layer in layers if hasattr(layer, name)]
+
+    def restore(self) -> None:
+        """Set them to what they were."""
+        for layer, count in self._kept:
+            layer.cumulative_length_int = count
+
+
+class GateAnswer:
+    """Where a captured gate leaves its answer, and what its experts read."""
+
+    def __init__(self, host: HostAnswer, inputs: Inputs) -> None:
+        self.host, self.inputs = host, inputs
+
+
+class Captured:
+    """Inputs and output of one captured decode step.
+
+    It lives as long as its cache, not the other way round: :meth:`let_go` once captured.
+    """
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        self.inputs = {name: _cloned(value) for name, value in kwargs.items()}
+        self.output: Any = None
+
+    def let_go(self) -> None:
+        """Forget the cache of which the captured tensors are."""
+        self.inputs["past_key_values"] = self.output["past_key_values"] = None
+
+    def refresh(self, kwargs: dict[str, Any]) -> None:
+        """Take the values of *kwargs* for the next replay."""
+        for name, value in kwargs.items():
+            _refresh(self.inputs[name], value)
+
+    def result(self, cache: Any, *, counted: bool) -> Any:
+        """The output over *cache* with logits of its own: the next replay overwrites them.
+
+        *counted* if the cache's Python counters have moved already.
+        """
+        if not counted:
+            _advance(cache)
+        output = type(self.output)(**dict(self.output))
+        output["logits"] = output.logits.clone()
+        output["past_key_values"] = cache
+        return output
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in *value*: itself, or those of a dict of masks."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for inner in value.values() for tensor in tensors(inner)]
+    return []
+
+
+def _advance(cache: Any) -> None:
+    """Do to the Python counters of *cache* what one captured decode step would have done."""
+    for layer in getattr(cache, "layers", []):
+        if hasattr(layer, "cumulative_length_int"):
+            layer.cumulative_length_int += 1
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: _cloned(inner) for name, inner in value.items()}
+    return value
+
+
+def _refresh(mine: Any, value: Any) -> None:
+    """Copy the tensors of *value* over those captured."""
+    for target, source in zip(tensors(mine), tensors(value), strict=True):
+        if target.data_ptr() != source.data_ptr():
+            target.copy_(source, non_blocking=True)

@@ -1,0 +1,208 @@
+"""What the host and one captured graph of a whole decode step tell each other while it runs.
+
+All of it lies in pinned host memory, which the device reads and writes across the link: the
+number of the last gate that has answered, the numbers of the last events that the host has
+planned and settled, and for every expert its slot and the copy that fills that. No call of the
+driver is needed in between. The host's stores become visible in their order, as on x86-64.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from policies.moves import Move
+from runtime.bank import ABSENT
+from runtime.engine import Engine
+from runtime.errors import OffloadError
+from runtime.kernels.gate import stamp_now
+from runtime.lanes import CudaLanes, view_of
+
+#: A copy that has not been issued: its number is higher than that of any which has landed.
+NEVER = 2**31 - 2
+
+#: What *planned* and *settled* are when the device is to wait for nothing more.
+RELEASED = 2**31 - 1
+
+#: Words that both sides know, as in :mod:`runtime.kernels.triton_gate`.
+POSTED, FAILED, PLANNED, SETTLED, WORDS = 0, 16, 32, 33, 64
+
+#: Processors whose stores others see in their order.
+ORDERED = ("x86_64", "AMD64")
+
+#: The longest that a kernel waits for the host or for a copy.
+LIMIT_S = 5.0
+
+#: How often the two clocks of a device are compared.
+CLOCK_TRIES = 5
+
+#: Looks for an answer between two looks at the clock.
+LOOKS = 4096
+
+
+def entry(slot: int, ticket: int) -> int:
+    """The table's 64 bits for an expert in *slot*, filled by copy number *ticket*."""
+    return ticket << 32 | slot & 0xFFFFFFFF
+
+
+class SharedTable:
+    """For every expert, slot and ticket: pinned int64 [layers, experts], written as moves are made.
+
+    A ticket is the number of the copy that fills the slot; an expert is there once the copy lane
+    has come to it.
+    """
+
+    def __init__(self, layers: int, experts: int, slots: int, *, pin: bool) -> None:
+        self._total = layers * experts
+        empty = entry(ABSENT, 0)
+        self.entries = torch.full((layers, experts), empty, dtype=torch.int64, pin_memory=pin)
+        self._now = view_of(self.entries.view(-1))
+        self._ticket = [0] * slots
+
+    def coming(self, moves: Iterable[Move]) -> None:
+        """*moves* are decided: who loses a slot, and who gets it once a copy has filled it."""
+        now, total, tickets = self._now, self._total, self._ticket
+        for move in moves:
+            tickets[move.slot] = NEVER
+            if 0 <= move.victim < total:
+                now[move.victim] = entry(ABSENT, 0)
+            if move.copy < total:
+                now[move.copy] = entry(move.slot, NEVER)
+
+    def issued(self, moves: Sequence[Move], ticket: int) -> None:
+        """*moves* are on their way as copy number *ticket*."""
+        now, total, tickets = self._now, self._total, self._ticket
+        for move in moves:
+            tickets[move.slot] = ticket
+            if move.copy < total:
+                now[move.copy] = entry(move.slot, ticket)
+
+    def of_slot(self, slot: int) -> int:
+        """The entry of whatever lies in *slot*, or of nothing."""
+        return entry(slot, 0 if slot == ABSENT else self._ticket[slot])
+
+
+def handshake_for(engine: Engine) -> Handshake | None:
+    """The handshake of *engine*, where its device, its kernels and its processor have one."""
+    lanes = engine.lanes
+    known = platform.machine() in ORDERED and importlib.util.find_spec("triton") is not None
+    if not isinstance(lanes, CudaLanes) or not known:
+        return None
+    context, cache = engine.planner.context, engine.planner.cache
+    made = Handshake(context.layers, context.experts, cache.full_slots + cache.low_slots, lanes)
+    engine.on_place = made.table.coming
+    engine.copier.on_issue = lambda moves, mark: made.table.issued(moves, mark.ticket)
+    return made
+
+
+class Handshake:
+    """The words, the table and the ring of one engine, whatever graphs run under it."""
+
+    def __init__(
+        self, layers: int, experts: int, slots: int, lanes: CudaLanes, limit_s: float = LIMIT_S
+    ) -> None:
+        self._lanes, self._limit_s = lanes, limit_s
+        self.layers, self.experts = layers, experts
+        self.words = torch.zeros(WORDS, dtype=torch.int32, pin_memory=True)
+        self._words = view_of(self.words)
+        self.table = SharedTable(layers, experts, slots, pin=True)
+        self.served = torch.zeros((2, experts), dtype=torch.int64, pin_memory=True)
+        self._served = view_of(self.served.view(-1))
+        self.stamps = torch.zeros((layers, 4), dtype=torch.int64, pin_memory=True)
+        device = lanes.device
+        self._origin_s = self._clock_s()
+        #: Events so far, and whether one was given up, as the device knows them.
+        self.count = torch.zeros(2, dtype=torch.int32, device=device)
+        self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
+        self.landed = lanes.count_landings()
+        #: Events since the start, all settled between steps.
+        self.events = 0
+
+    @property
+    def limit_ns(self) -> int:
+        """The longest that a kernel waits, in nanoseconds."""
+        return int(self._limit_s * 1e9)
+
+    def await_answer(self, poll: Any) -> None:
+        """Wait on the host for the next gate, calling *poll*, if any, meanwhile."""
+        words, wanted = self._words, self.events + 1
+        looks, begun = 0, 0.0
+        while words[POSTED] < wanted:
+            if poll is not None:
+                poll()
+            looks += 1
+            if looks % LOOKS == 0:
+                now = self._lanes.now()
+                begun = begun or now
+                if words[FAILED] or now - begun > 2 * self._limit_s:
+                    self._raise(wanted)
+        self.check()
+
+    def _raise(self, number: int) -> None:
+        raise OffloadError(
+            f"event {number - 1} of the captured decode steps: device and host waited for each "
+            f"other for more than {self._limit_s:g} s, expected an answer; the step was given up"
+        )
+
+    def waits(self, stalls: Sequence[str]) -> list[tuple[str, float, float]]:
+        """What the device waited for in the last step, which is over: causes, begins and ends.
+
+        For the host at every gate, then for the copies of the event, whose cause is in *stalls*.
+        Seconds of the clock of the lanes' marks.
+        """
+        found = []
+        for stall, stamps in zip(stalls, self.stamps.tolist(), strict=True):
+            answered, _, planned, landed = (ns * 1e-9 - self._origin_s for ns in stamps)
+            found += [("host", answered, planned), (stall, planned, landed)]
+        return found
+
+    def _clock_s(self) -> float:
+        """What the clock of stamps shows when that of marks is 0, as near as can be seen."""
+        stamp = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        apart = []
+        for _ in range(CLOCK_TRIES):
+            mark = self._lanes.mark()
+            stamp_now(stamp)
+            self._lanes.finish()
+            apart.append(int(stamp[0]) * 1e-9 - self._lanes.read(mark))
+        return min(apart)
+
+    def serve(self, first: int, slots: Iterable[tuple[int, int]]) -> None:
+        """Where the present event reads its experts: pairs of expert and slot, *first* being
+        the layer's first expert.
+        """
+        row = self._served
+        base = (self.events % 2) * self.experts - first
+        for expert, slot in slots:
+            row[base + expert] = self.table.of_slot(slot)
+
+    def planned(self) -> None:
+        """The present event's copies are issued and in the table."""
+        self._words[PLANNED] = self.events + 1
+
+    def settled(self) -> None:
+        """The present event's prefetches are decided too; the next gate may be classified."""
+        self.events += 1
+        self._words[SETTLED] = self.events
+
+    def check(self) -> None:
+        """Raise :class:`OffloadError` if the device has given up an event."""
+        if self._words[FAILED]:
+            self._raise(self._words[FAILED])
+
+    def release(self) -> None:
+        """The device waits for nothing more, and computes what it finds, until :meth:`renew`."""
+        self._words[PLANNED] = self._words[SETTLED] = RELEASED
+
+    def renew(self) -> None:
+        """Wait until the device has run out, and begin anew."""
+        torch.cuda.synchronize(self._lanes.device)
+        for word in (POSTED, FAILED, PLANNED, SETTLED):
+            self._words[word] = 0
+        self.events = 0
+        self.count.zero_()
+        torch.cuda.synchronize(self._lanes.device)

@@ -1,0 +1,165 @@
+"""Decode steps as one CUDA graph each: the host answers while it runs.
+
+Behind every gate a kernel posts what the gate chose and waits for no more than it must: that the
+host has settled the event before, and that the experts of this one are there. The host plans an
+event while the device computes it, and the copies that it issues are waited for by the kernel
+that needs them. Nothing is launched between the first kernel of a step and its last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policies.base import Policy
+from policies.planner import Planner
+from policies.routing import Routing
+from runtime.captured import Captured, GateAnswer
+from runtime.errors import OffloadError
+from runtime.handshake import Handshake
+from runtime.hook import Hook
+from runtime.kernels.gate import GateKernel
+from runtime.maths import Fused
+
+
+def runs_whole(planner: Planner, tokens: int) -> bool:
+    """Whether every event of a decode step of *tokens* tokens can be part of one graph."""
+    most = min(tokens * planner.context.top_k, planner.context.experts)
+    slots = planner.cache.full_slots
+    if planner.context.pool == "layer":
+        slots //= planner.context.layers
+    return type(planner.policy).serve is Policy.serve and slots >= most
+
+
+class WholeStep:
+    """One decode step of one shape as one graph."""
+
+    def __init__(
+        self,
+        hook: Hook,
+        handshake: Handshake,
+        forward: Callable[..., Any],
+        kwargs: dict[str, Any],
+        stream: Any,
+    ) -> None:
+        maths = hook.maths
+        if not isinstance(maths, Fused):
+            raise TypeError("only fused experts can be captured")
+        self._hook, self._shake = hook, handshake
+        self._kernels = maths.kernels
+        #: Whether the policy decides for held experts too how they are served.
+        self._serves = type(hook.engine.planner.policy).serve is not Policy.serve
+        tokens = kwargs["input_ids"].numel()
+        #: Whether what is there is computed while the rest is awaited.
+        self._early = self._kernels.waits(tokens)
+        self._gate_kernel = GateKernel(handshake, served=self._serves, early=self._early)
+        self._load(tokens, stream)
+        self._step = Captured(kwargs)
+        self._gates: list[GateAnswer] = []
+        cuda: Any = torch.cuda
+        self._graph = cuda.CUDAGraph()
+        self._capture(forward, stream)
+        self._step.let_go()
+
+    def segments(self) -> Sequence[Any]:
+        """The one captured graph."""
+        return [self._graph]
+
+    def replay(self, kwargs: dict[str, Any], *, counted: bool) -> Any:
+        """Run one step; *counted* if the cache's Python counters have moved already."""
+        self._shake.check()
+        self._step.refresh(kwargs)
+        stalls: list[str] = []
+        try:
+            self._graph.replay()
+            for layer, gate in enumerate(self._gates):
+                self._await()
+                stalls.append(self._event(layer, gate))
+        except BaseException:
+            # The device is to be free again, whatever it computes meanwhile.
+            self._shake.release()
+            raise
+        watch = self._hook.engine.watch
+        if watch.on:
+            watch.defer(partial(self._shake.waits, stalls))
+        return self._step.result(kwargs["past_key_values"], counted=counted)
+
+    def replay_blind(self) -> None:
+        """Run the graph once with what is there, whatever the gates answer."""
+        self._shake.release()
+        self._graph.replay()
+        self._shake.renew()
+
+    def _load(self, tokens: int, stream: Any) -> None:
+        """Compile and load the kernels that are ours."""
+        hook, device = self._hook, self._hook.engine.lanes.device
+        gate, dtype = hook.gates[0], hook.engine.bank.layout.dtype
+        hidden = torch.zeros(tokens, gate.hidden, dtype=dtype, device=device)
+        experts = partial(self._kernels.run, wait=self._early)
+        cuda: Any = torch.cuda
+        with cuda.stream(stream):
+            self._gate_kernel.load(hook.reader, gate, hidden, experts)
+
+    def _capture(self, forward: Callable[..., Any], stream: Any) -> None:
+        cuda: Any = torch.cuda
+        self._hook.capturing = self._experts
+        cuda.synchronize()
+        stream.wait_stream(cuda.current_stream())
+        try:
+            with cuda.stream(stream):
+                self._graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._step.output = forward(**self._step.inputs)
+                finally:
+                    self._graph.capture_end()
+        finally:
+            self._hook.capturing = None
+        cuda.current_stream().wait_stream(stream)
+        if len(self._gates) != self._shake.layers:
+            raise OffloadError(
+                f"a pass asked {len(self._gates)} gates, expected {self._shake.layers}"
+            )
+
+    def _experts(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """While capturing: the gate's kernel, then the experts, from wherever it finds them."""
+        reader, slots = self._hook.reader, self._shake.slots[layer]
+        rows = reader.gather(layer, hidden, index)
+        host = reader.new_buffers(rows, weights)
+        index = index.contiguous()
+        self._gate_kernel.run(layer, rows.contiguous(), weights.contiguous(), index, host)
+        self._gates.append(GateAnswer(host, (hidden, index, weights, slots)))
+        out = torch.empty_like(hidden)
+        self._kernels.run(hidden, index, weights, slots, out, wait=self._early)
+        return out
+
+    def _await(self) -> None:
+        """Wait on the host for the next gate, moving the link's queue on meanwhile."""
+        engine = self._hook.engine
+        if engine.on_wait is not None:
+            engine.on_wait()
+        copier = engine.copier
+        self._shake.await_answer(copier.poll if copier.pending else None)
+        engine.note()
+
+    def _event(self, layer: int, gate: GateAnswer) -> str:
+        """Plan one event; the cause of what the device waits for copies of it."""
+        hook, shake = self._hook, self._shake
+        engine = hook.engine
+        routing = hook.route(layer, gate.host.read())
+        plan, late = engine.decide(routing, together=True)
+        if self._serves:
+            shake.serve(layer * shake.experts, self._places(routing))
+        # Even with nothing to do: the device may have looked before the last copy landed.
+        shake.planned()
+        engine.note()
+        engine.after(plan, late)
+        shake.settled()
+        return "stall_demand" if plan.waves else "stall_late"
+
+    def _places(self, routing: Routing) -> list[tuple[int, int]]:
+        slot = self._hook.engine.table.slot
+        return [(expert, slot(expert)) for expert in routing.experts]
