@@ -20,7 +20,7 @@ from runtime.bank import ABSENT
 from runtime.engine import Engine
 from runtime.errors import OffloadError
 from runtime.kernels.gate import stamp_now
-from runtime.lanes import CudaLanes, view_of
+from runtime.lanes import CudaLanes, Lanes, view_of
 
 #: A copy that has not been issued: its number is higher than that of any which has landed.
 NEVER = 2**31 - 2
@@ -93,34 +93,38 @@ def handshake_for(engine: Engine) -> Handshake | None:
     if not isinstance(lanes, CudaLanes) or not known:
         return None
     context, cache = engine.planner.context, engine.planner.cache
-    made = Handshake(context.layers, context.experts, cache.full_slots + cache.low_slots, lanes)
-    engine.on_place = made.table.coming
-    engine.copier.on_issue = lambda moves, mark: made.table.issued(moves, mark.ticket)
+    slots = cache.full_slots + cache.low_slots
+    made = Handshake(context.layers, context.experts, slots, lanes, LIMIT_S)
+    made.follow(engine)
     return made
 
 
 class Handshake:
     """The words, the table and the ring of one engine, whatever graphs run under it."""
 
-    def __init__(
-        self, layers: int, experts: int, slots: int, lanes: CudaLanes, limit_s: float = LIMIT_S
-    ) -> None:
+    def __init__(self, layers: int, experts: int, slots: int, lanes: Lanes, limit_s: float) -> None:
         self._lanes, self._limit_s = lanes, limit_s
+        pin = lanes.device.type == "cuda"
         self.layers, self.experts = layers, experts
-        self.words = torch.zeros(WORDS, dtype=torch.int32, pin_memory=True)
+        self.words = torch.zeros(WORDS, dtype=torch.int32, pin_memory=pin)
         self._words = view_of(self.words)
-        self.table = SharedTable(layers, experts, slots, pin=True)
-        self.served = torch.zeros((2, experts), dtype=torch.int64, pin_memory=True)
+        self.table = SharedTable(layers, experts, slots, pin=pin)
+        self.served = torch.zeros((2, experts), dtype=torch.int64, pin_memory=pin)
         self._served = view_of(self.served.view(-1))
-        self.stamps = torch.zeros((layers, 4), dtype=torch.int64, pin_memory=True)
+        self.stamps = torch.zeros((layers, 4), dtype=torch.int64, pin_memory=pin)
         device = lanes.device
-        self._origin_s = self._clock_s()
+        self._origin_s = self._clock_s() if pin else 0.0
         #: Events so far, and whether one was given up, as the device knows them.
         self.count = torch.zeros(2, dtype=torch.int32, device=device)
         self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
         self.landed = lanes.count_landings()
         #: Events since the start, all settled between steps.
         self.events = 0
+
+    def follow(self, engine: Engine) -> None:
+        """Keep the table as the moves of *engine* want it, from its first move on."""
+        engine.on_place = self.table.coming
+        engine.copier.on_issue = lambda moves, mark: self.table.issued(moves, mark.ticket)
 
     @property
     def limit_ns(self) -> int:
@@ -200,9 +204,9 @@ class Handshake:
 
     def renew(self) -> None:
         """Wait until the device has run out, and begin anew."""
-        torch.cuda.synchronize(self._lanes.device)
+        self._lanes.finish()
         for word in (POSTED, FAILED, PLANNED, SETTLED):
             self._words[word] = 0
         self.events = 0
         self.count.zero_()
-        torch.cuda.synchronize(self._lanes.device)
+        self._lanes.finish()

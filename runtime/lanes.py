@@ -91,6 +91,10 @@ class Lanes(ABC):
         for at, value in values:
             flat[at] = value
 
+    def count_landings(self) -> Tensor:
+        """Number copies from now on; int32 [1] on the device, the last number to have landed."""
+        raise NotImplementedError(f"{type(self).__name__} does not count copies")
+
     def now(self) -> float:
         """The host's clock, in seconds."""
         return time.perf_counter()
@@ -163,7 +167,6 @@ class CudaLanes(Lanes):
         return begin, end
 
     def count_landings(self) -> Tensor:
-        """Number copies from now on; int32 [1] on the device, the last number to have landed."""
         if self._landed is None:
             there = torch.zeros(1, dtype=torch.int32, pin_memory=True)
             self._landed = torch.zeros(1, dtype=torch.int32, device=self.device), there

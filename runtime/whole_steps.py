@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from policies.base import Policy
-from policies.planner import Planner
+from policies.planner import Plan, Planner
 from policies.routing import Routing
 from runtime.captured import Captured, GateAnswer
+from runtime.engine import Engine
 from runtime.errors import OffloadError
 from runtime.handshake import Handshake
 from runtime.hook import Hook
@@ -28,11 +29,16 @@ from runtime.maths import Fused
 
 def runs_whole(planner: Planner, tokens: int) -> bool:
     """Whether every event of a decode step of *tokens* tokens can be part of one graph."""
+    return type(planner.policy).serve is Policy.serve and takes_all(planner, tokens)
+
+
+def takes_all(planner: Planner, tokens: int) -> bool:
+    """Whether the slots take whatever an event of *tokens* tokens may demand, in one wave."""
     most = min(tokens * planner.context.top_k, planner.context.experts)
     slots = planner.cache.full_slots
     if planner.context.pool == "layer":
         slots //= planner.context.layers
-    return type(planner.policy).serve is Policy.serve and slots >= most
+    return slots >= most
 
 
 class WholeStep:
@@ -77,7 +83,6 @@ class WholeStep:
         try:
             self._graph.replay()
             for layer, gate in enumerate(self._gates):
-                self._await()
                 stalls.append(self._event(layer, gate))
         except BaseException:
             # The device is to be free again, whatever it computes meanwhile.
@@ -136,30 +141,40 @@ class WholeStep:
         self._kernels.run(hidden, index, weights, slots, out, wait=self._early)
         return out
 
-    def _await(self) -> None:
-        """Wait on the host for the next gate, moving the link's queue on meanwhile."""
-        engine = self._hook.engine
-        if engine.on_wait is not None:
-            engine.on_wait()
-        copier = engine.copier
-        self._shake.await_answer(copier.poll if copier.pending else None)
-        engine.note()
-
     def _event(self, layer: int, gate: GateAnswer) -> str:
-        """Plan one event; the cause of what the device waits for copies of it."""
-        hook, shake = self._hook, self._shake
-        engine = hook.engine
+        """Wait for one gate and answer it; the cause of what the device waits for copies of it."""
+        hook = self._hook
+        await_gate(hook.engine, self._shake)
         routing = hook.route(layer, gate.host.read())
-        plan, late = engine.decide(routing, together=True)
-        if self._serves:
-            shake.serve(layer * shake.experts, self._places(routing))
-        # Even with nothing to do: the device may have looked before the last copy landed.
-        shake.planned()
-        engine.note()
-        engine.after(plan, late)
-        shake.settled()
+        plan, _ = answer(hook.engine, self._shake, routing, serves=self._serves)
         return "stall_demand" if plan.waves else "stall_late"
 
-    def _places(self, routing: Routing) -> list[tuple[int, int]]:
-        slot = self._hook.engine.table.slot
-        return [(expert, slot(expert)) for expert in routing.experts]
+
+def await_gate(engine: Engine, shake: Handshake) -> None:
+    """Wait on the host for the next gate, moving the link's queue on meanwhile."""
+    if engine.on_wait is not None:
+        engine.on_wait()
+    shake.await_answer(engine.copier.poll if engine.copier.pending else None)
+    engine.note()
+
+
+def answer(
+    engine: Engine, shake: Handshake, routing: Routing, *, serves: bool
+) -> tuple[Plan, list[int]]:
+    """Plan one event and settle it; the plan, and the held copies that were still on their way.
+
+    With *serves* the policy decides for held experts too where they are read.
+    """
+    plan, late = engine.decide(routing, together=True)
+    if not plan.whole:
+        raise RuntimeError(f"event {routing.event}: waves or the CPU came where none were foreseen")
+    if serves:
+        slot = engine.table.slot
+        first = routing.layer * shake.experts
+        shake.serve(first, [(expert, slot(expert)) for expert in routing.experts])
+    # Even with nothing to do: the device may have looked before the last copy landed.
+    shake.planned()
+    engine.note()
+    engine.after(plan, late)
+    shake.settled()
+    return plan, late

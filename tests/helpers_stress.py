@@ -57,6 +57,7 @@ class Case:
     bits: int = 0
     low_share: float = 0.3
     serves: bool = True
+    cpu: bool = True
     depth: int = 2
     tokens: int = 3
     steps: int = 5
@@ -71,7 +72,7 @@ class Chaotic(Policy):
     def __init__(self, case: Case) -> None:
         self.low_bits = case.bits or 4
         self.low_share = case.low_share if case.bits else 0.0
-        self._serves, self._seed = case.serves, case.seed
+        self._serves, self._cpu, self._seed = case.serves, case.cpu, case.seed
 
     def reset(self, context: Context) -> None:
         self._context = context
@@ -100,7 +101,9 @@ class Chaotic(Policy):
 
     def _service(self, expert: int) -> Service | Substitute:
         context, experts = self._context, self._context.experts
-        kinds: list[Service | Substitute] = [Service.LOAD, Service.SKIP, Service.CPU]
+        kinds: list[Service | Substitute] = [Service.LOAD, Service.SKIP]
+        if self._cpu:
+            kinds.append(Service.CPU)
         if context.low_slots:
             kinds += [Service.LOW] * 4
         alike = [e for e in self._held if e // experts == expert // experts]
@@ -120,6 +123,12 @@ class Chaotic(Policy):
         wanted = [self._random.randrange(copies) for _ in range(count)]
         self._fetched = set(wanted)
         return wanted
+
+
+class Plain(Chaotic):
+    """The same, but all that is missed is loaded, and the runtime knows it."""
+
+    serve = Policy.serve
 
 
 class RacingLanes(Lanes):
@@ -290,7 +299,8 @@ class Driver:
         low = store.low_layout
         share = low.size_bytes / store.layout.size_bytes if low else 0.0
         context = Context(case.layers, case.experts, case.top_k, case.slots, pool=case.pool)
-        self.planner = Planner(Chaotic(case), context, low_bytes_share=share)
+        policy = Chaotic(case) if case.serves else Plain(case)
+        self.planner = Planner(policy, context, low_bytes_share=share)
         cache = self.planner.cache
         self.bank = SlotBank(
             store.layout, cache.full_slots, device,
@@ -344,9 +354,13 @@ class Driver:
         step = Step(number, PREFILL if prefill else DECODE, size)
         step._experts = np.zeros((size, case.layers, case.top_k), dtype=np.int16)
         self.engine.begin(step)
-        for layer in range(case.layers):
-            self._event(step, layer, size)
+        self.layers(step, size)
         self.engine.end()
+
+    def layers(self, step: Step, size: int) -> None:
+        """Every event of a step of *size* tokens."""
+        for layer in range(self.case.layers):
+            self._event(step, layer, size)
 
     def inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random hidden states, experts and weights of *size* tokens, on the host."""
@@ -357,7 +371,7 @@ class Driver:
         weights = torch.rand(size, case.top_k, generator=self.draw)
         return hidden, index, weights
 
-    def _send(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def send(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """*inputs* on the device; nothing waits for them."""
         device = self.lanes.device
         if device.type == "cpu":
@@ -365,19 +379,28 @@ class Driver:
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in inputs)
 
     def _event(self, step: Step, layer: int, size: int) -> None:
-        engine, case = self.engine, self.case
+        engine = self.engine
         inputs = self.inputs(size)
-        sent = self._send(inputs)
+        sent = self.send(inputs)
         self._await_gate()
-        step._experts[:, layer] = inputs[1].numpy()  # type: ignore[index]
-        chosen = torch.unique(inputs[1]).tolist()
-        routing = Routing(step, layer, [layer * case.experts + e for e in chosen], engine.events)
+        routing = self.routed(step, layer, inputs[1])
         self.together = self.random.random() < 0.5
         plan, late = engine.decide(routing, together=self.together)
-        self._note(plan, late)
+        self.note(plan, late)
         found = self.compute(routing, plan, late, sent)
         engine.after(plan, late)
-        name = f"{case}, event {routing.event}, {plan.served or 'all loaded'}"
+        self.expect(routing, plan, inputs, found)
+
+    def routed(self, step: Step, layer: int, index: Tensor) -> Routing:
+        """The event of a gate that chose *index* [T, k]."""
+        step._experts[:, layer] = index.numpy()  # type: ignore[index]
+        first = layer * self.case.experts
+        chosen = [first + expert for expert in torch.unique(index).tolist()]
+        return Routing(step, layer, chosen, self.engine.events)
+
+    def expect(self, routing: Routing, plan: Plan, inputs: Sequence[Tensor], found: Tensor) -> None:
+        """*found* [T, H] is what came out of an event: it is compared when all is over."""
+        name = f"{self.case}, event {routing.event}, {plan.served or 'all loaded'}"
         self._checks.append((name, found, self.truth.output(routing, plan.served or {}, inputs)))
 
     def _await_gate(self) -> None:
@@ -387,7 +410,7 @@ class Driver:
             if self.engine.copier.pending:
                 self.engine.copier.poll()
 
-    def _note(self, plan: Plan, late: Sequence[int]) -> None:
+    def note(self, plan: Plan, late: Sequence[int]) -> None:
         assert len(set(late)) == len(late), "a late copy is computed twice"
         self.events += 1
         self.late += len(late)

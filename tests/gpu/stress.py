@@ -22,16 +22,24 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from policies.planner import Plan
-from policies.routing import PREFILL, Routing
+from policies.routing import PREFILL, Routing, Step
+from runtime.handshake import handshake_for
+from runtime.hook import HostAnswer
+from runtime.kernels.gate import GateKernel
 from runtime.lanes import CudaLanes, Mark
+from runtime.whole_steps import answer, await_gate, takes_all
 from tests.helpers_stress import Case, Driver, RacingLanes, cases, spoil
 
 #: GPU cycles that a copy or a piece of work may be held up: up to about 0.15 ms.
 CYCLES = (0, 0, 10_000, 60_000, 250_000)
+
+#: Seconds that the host may be held up before it looks for an answer.
+PAUSES_S = (0.0, 0.0, 0.0, 1e-5, 2e-4)
 
 #: Decode steps of up to so many tokens replay a graph.
 CAPTURED = 3
@@ -113,6 +121,80 @@ class GraphDriver(Driver):
         return graph.out + extra
 
 
+class _WholeStep:
+    """The experts of all layers of a step as one graph, a gate's kernel before each."""
+
+    def __init__(self, driver: WholeDriver, size: int) -> None:
+        case, device = driver.case, driver.lanes.device
+        kernels, shake = driver.maths.kernels, driver.shake
+        early = kernels.waits(size) and driver.draw_early()
+        gate = GateKernel(shake, served=case.serves, early=early)
+        self.inputs = [driver.send(driver.inputs(size)) for _ in range(case.layers)]
+        self.outs = [torch.zeros_like(hidden) for hidden, _, _ in self.inputs]
+        self.answers = [
+            HostAnswer(index, None, case.top_k, 0, pin=True) for _, index, _ in self.inputs
+        ]
+        cuda: Any = torch.cuda
+
+        def experts(layer: int) -> None:
+            hidden, index, weights = self.inputs[layer]
+            gate.run(layer, index, weights, index, self.answers[layer])
+            kernels.run(hidden, index, weights, shake.slots[layer], self.outs[layer], wait=early)
+
+        # What is set up lazily must not be captured.
+        shake.release()
+        experts(0)
+        shake.renew()
+        torch.cuda.synchronize(device)
+        self.graph = cuda.CUDAGraph()
+        with cuda.graph(self.graph, capture_error_mode="thread_local"):
+            for layer in range(case.layers):
+                cuda._sleep(driver.random.choice(CYCLES))
+                experts(layer)
+
+
+class WholeDriver(Driver):
+    """Replays decode steps as one captured graph each, in the way of ``runtime.whole_steps``."""
+
+    def __init__(self, case: Case, lanes: SlowLanes) -> None:
+        super().__init__(case, lanes, lanes.launch)
+        shake = handshake_for(self.engine)
+        assert shake is not None
+        self.shake = shake
+        self.replays = 0
+        self._steps: dict[int, _WholeStep] = {}
+
+    def draw_early(self) -> bool:
+        """Whether a graph computes what is there while the rest is awaited."""
+        return self.random.random() < 0.7
+
+    def layers(self, step: Step, size: int) -> None:
+        if step.phase == PREFILL or not takes_all(self.planner, size):
+            super().layers(step, size)
+            return
+        if size not in self._steps:
+            self.lanes.finish()
+            self._steps[size] = _WholeStep(self, size)
+        whole = self._steps[size]
+        given = [self.inputs(size) for _ in range(self.case.layers)]
+        for mine, inputs in zip(whole.inputs, given, strict=True):
+            for target, tensor in zip(mine, self.send(inputs), strict=True):
+                target.copy_(tensor, non_blocking=True)
+        self.launch(whole.graph.replay)
+        self.replays += 1
+        plans = []
+        for layer, inputs in enumerate(given):
+            time.sleep(self.random.choice(PAUSES_S))
+            await_gate(self.engine, self.shake)
+            assert np.array_equal(whole.answers[layer].read().experts, inputs[1].numpy())
+            routing = self.routed(step, layer, inputs[1])
+            plan, late = answer(self.engine, self.shake, routing, serves=self.case.serves)
+            self.note(plan, late)
+            plans.append((routing, plan))
+        for (routing, plan), inputs, out in zip(plans, given, whole.outs, strict=True):
+            self.expect(routing, plan, inputs, out.clone())
+
+
 @dataclass
 class Tally:
     """What a stress run met."""
@@ -149,13 +231,28 @@ def small_variety(seed: int) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def stress(events: int, seed: int = 0, device: str = "cuda") -> Tally:
-    """Run at least *events* random events; AssertionError for the first wrong output."""
+def for_whole_steps(case: Case) -> Case:
+    """*case* with slots for all that a decode step may demand, and nothing left to the CPU."""
+    most = min(case.tokens * case.top_k, case.experts)
+    least = most * (case.layers if case.pool == "layer" else 1)
+    return replace(case, slots=max(case.slots, least), cpu=False, steps=60)
+
+
+def stress(events: int, seed: int = 0, device: str = "cuda", *, whole: bool = False) -> Tally:
+    """Run at least *events* random events; AssertionError for the first wrong output.
+
+    With *whole* every decode step is one graph.
+    """
     tally = Tally()
     for case in small_variety(seed):
         if tally.events >= events:
             break
-        driver = _driver(case, device, graphs=tally.cases % 3 > 0)
+        driver: Driver
+        if whole:
+            lanes = SlowLanes(torch.device(device), case.seed)
+            driver = WholeDriver(for_whole_steps(case), lanes)
+        else:
+            driver = _driver(case, device, graphs=tally.cases % 3 > 0)
         driver.run()
         tally.add(driver)
     return tally
@@ -174,10 +271,11 @@ def main() -> int:
     parser.add_argument("--events", type=int, default=2000, help="least number of events")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--whole", action="store_true", help="decode steps as one graph each")
     options = parser.parse_args()
     begun = time.perf_counter()
     try:
-        tally = stress(options.events, options.seed, options.device)
+        tally = stress(options.events, options.seed, options.device, whole=options.whole)
     except AssertionError as error:
         print(f"FAILED: {error}")
         return 1
