@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import tempfile
@@ -64,15 +65,27 @@ class Request:
             parse_policy(policy)
         task = Task(CHECKPOINT, folder, shape, self.device, self.prompt, self.seed, self.hardware)
         shares = sorted({share_of(text) for text in self.share}, reverse=True)
-        theirs = self.only != "ours"
+        theirs = self.only != OURS
+        if theirs:
+            self._check_theirs()
         slots = [slots_of(share, shape, theirs=theirs) for share in shares]
         batches, found = sorted(set(self.batch)), [task]
         if theirs:
             found += self._theirs(task, slots, batches)
-        if self.only != "freetoken":
+        if self.only != OFFLOAD:
             cells = our_cells(slots, batches, self.tokens, self.policy, shape.total)
             found.append(replace(task, system=OURS, cells=cells))
         return found
+
+    def _check_theirs(self) -> None:
+        """That FreeToken could run, before anything is made for it."""
+        if self.device != "cuda":
+            raise InputError("--device cpu: FreeToken runs on CUDA alone, expected --only ours")
+        if importlib.util.find_spec("freetoken") is None:
+            raise InputError(
+                "FreeToken is not installed, expected it (docs/performance.md says how) or "
+                "--only ours"
+            )
 
     def _theirs(self, task: Task, slots: list[int], batches: list[int]) -> list[Task]:
         """FreeToken over its pools; where all experts fit, its other backend too."""
@@ -148,7 +161,7 @@ _OPTIONS = (
     click.option("--layers", type=click.IntRange(min=1), help="MoE layers.  [default: 12]"),
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--folder", type=_FILE, help="Keep the checkpoint here, and use it again."),
-    click.option("--only", type=click.Choice(["ours", "freetoken"]), help="Measure one of them."),
+    click.option("--only", type=click.Choice([OURS, OFFLOAD]), help="Measure one of them."),
     click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda",
                  show_default=True, help="FreeToken runs on CUDA alone."),
     click.option("--tiny", is_flag=True, help="Small dimensions: a dry run."),

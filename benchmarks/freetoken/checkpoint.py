@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.freetoken.plan import Task
 from benchmarks.side_by_side.model import config, draw
 from benchmarks.side_by_side.plan import Shape
+from runtime.load import pick_device
 
 #: Written last: what the files hold. A folder that says the same is used again.
 MADE = "made.json"
@@ -42,6 +43,7 @@ def make(task: Task) -> None:
     folder = Path(task.folder)
     if is_made(task):
         return
+    pick_device(task.device)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MADE).unlink(missing_ok=True)
     generator = torch.Generator(task.device).manual_seed(task.seed)

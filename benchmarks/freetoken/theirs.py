@@ -9,8 +9,9 @@ and with its counters on, which would cost the others a little.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class ForcedSampler:
 
     def __init__(self, sampler: Any, tokens: Tensor) -> None:
         self._sampler, self._tokens = sampler, tokens
-        #: A place and what is called, behind the step that chose its token.
-        self.at: tuple[int, Any] | None = None
+        #: What is called behind the step that chose the token of a place.
+        self.after: Mapping[int, Callable[[], None]] = {}
 
     def prepare(self, batch: Any) -> Any:
         """Note which place of the texts comes next; all sequences are at the same."""
@@ -48,8 +49,8 @@ class ForcedSampler:
     def sample(self, logits: Tensor, args: Any) -> Tensor:
         """The forced tokens [B]."""
         self._sampler.sample(logits, args)
-        if self.at is not None and args.place == self.at[0]:
-            self.at[1]()
+        if args.place in self.after:
+            self.after[args.place]()
         return self._tokens[args.place]
 
 
@@ -78,6 +79,8 @@ def options_of(task: Task) -> dict[str, Any]:
     options: dict[str, Any] = {
         "dtype": torch.bfloat16,
         "attention_backend": "triton",
+        # What one run has left in its prefix cache would shorten the prompts of the next.
+        "cache_type": "naive",
         "max_running_req": batches[-1],
         "cuda_graph_bs": batches,
         "max_seq_len_override": length,
@@ -120,7 +123,7 @@ def measured(llm: Any, task: Task, cell: Cell) -> dict[str, Any]:
     generated = times_ms(generate(llm, task, tokens))
     with steps_timed(llm.engine) as steps_s:
         generate(llm, task, tokens)
-    alone = times_ms(steps_s)
+    alone = times_ms(steps_s[: cell.steps])
     faster = min(generated, alone, key=lambda found: found["ms"])
     return {
         **faster,
@@ -131,31 +134,34 @@ def measured(llm: Any, task: Task, cell: Cell) -> dict[str, Any]:
 
 
 def generate(
-    llm: Any, task: Task, tokens: Tensor, at: tuple[int, Any] | None = None
+    llm: Any, task: Task, tokens: Tensor, after: Mapping[int, Callable[[], None]] | None = None
 ) -> list[float]:
-    """Decode *tokens* int64 [B, prompt + steps + 1] by force: seconds from token to token.
+    """Decode *tokens* int64 [B, prompt + steps + 1] by force: seconds from step to step, [steps].
 
-    *at* is a place in the texts and what is called when its token has been chosen.
+    *after* is what is called when the token of a place in the texts has been chosen.
     """
     from freetoken.core import SamplingParams
 
     steps = tokens.shape[1] - task.prompt - 1
     own = llm.engine.sampler
-    forced = ForcedSampler(own, tokens.T.to(torch.int32).contiguous().to(llm.device))
-    forced.at = at
+    # Its loop runs one step more than it gives back: that step is asked for, and left out.
+    longer = torch.cat([tokens, tokens[:, -1:]], dim=1)
+    forced = ForcedSampler(own, longer.T.to(torch.int32).contiguous().to(llm.device))
+    forced.after = after or {}
     torch.cuda.synchronize()
     llm.engine.sampler = forced
     llm.arrivals.clear()
     try:
         prompts = tokens[:, : task.prompt].tolist()
         # The prompt's own step chooses the first of them.
-        llm.generate(prompts, SamplingParams(ignore_eos=True, max_tokens=steps + 1))
+        llm.generate(prompts, SamplingParams(ignore_eos=True, max_tokens=steps + 2))
     finally:
         llm.engine.sampler = own
     torch.cuda.synchronize()
-    if len(llm.arrivals) != steps + 1:
-        raise RuntimeError(f"{len(llm.arrivals)} steps came back, expected {steps + 1}")
-    return [last - first for first, last in zip(llm.arrivals, llm.arrivals[1:], strict=False)]
+    arrivals = llm.arrivals[: steps + 1]
+    if len(arrivals) != steps + 1:
+        raise RuntimeError(f"{len(arrivals)} steps came back, expected {steps + 1}")
+    return [last - first for first, last in pairwise(arrivals)]
 
 
 @contextmanager
@@ -195,10 +201,14 @@ def _missed(llm: Any, task: Task, cell: Cell, tokens: Tensor) -> float:
     cache.collect_stats = True
     llm.rebuild_cache(moe_cache_size=cell.slots)
     kept: list[Tensor] = []
+
+    def keep() -> None:
+        kept.append(cache.lru_stats[:, int(Stat.MISS)].sum())
+
     first = counted_from(cell.steps)
-    # The step before it chooses the token at this place.
-    generate(llm, task, tokens, (task.prompt + first, lambda: kept.append(cache.lru_stats.clone())))
-    missed = (cache.lru_stats - kept[0])[:, int(Stat.MISS)].sum().item()
+    # A step chooses the token of the place behind its own.
+    generate(llm, task, tokens, {task.prompt + first: keep, task.prompt + cell.steps: keep})
+    before, missed = (int(count) for count in kept)
     cache.collect_stats = False
     llm.rebuild_cache(moe_cache_size=cell.slots)
-    return float(missed) / (cell.batch * (cell.steps - first))
+    return (missed - before) / (cell.batch * (cell.steps - first))
