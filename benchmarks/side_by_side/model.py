@@ -25,16 +25,16 @@ def make_model(task: Task, dtype: torch.dtype) -> Any:
     library: Any = importlib.import_module("transformers")
     drawn = getattr(torch, task.dtype)
     with torch.device(task.device):
-        model: Any = library.AutoModelForCausalLM.from_config(_config(task.shape), dtype=drawn)
+        model: Any = library.AutoModelForCausalLM.from_config(config(task.shape), dtype=drawn)
     model.eval().requires_grad_(False)
     generator = torch.Generator(task.device).manual_seed(task.seed)
     for name, values in model.named_parameters():
         if values.dim() > 1:
-            _draw(name, values, task.shape, generator)
+            draw(name, values, task.shape, generator)
     return model.to(dtype)
 
 
-def _draw(name: str, values: Tensor, shape: Shape, generator: torch.Generator) -> None:
+def draw(name: str, values: Tensor, shape: Shape, generator: torch.Generator) -> None:
     """Fill the matrix *values* in place, so that routing is varied (docs/side_by_side.md).
 
     Embeddings are large beside what the layers add: the gates see which token it is. Each
@@ -50,7 +50,7 @@ def _draw(name: str, values: Tensor, shape: Shape, generator: torch.Generator) -
         values.normal_(0.0, shape.weight_std, generator=generator)
 
 
-def _config(shape: Shape) -> Any:
+def config(shape: Shape) -> Any:
     """The configuration of Qwen3-30B-A3B in another *shape*."""
     library: Any = importlib.import_module("transformers")
     return library.Qwen3MoeConfig(
