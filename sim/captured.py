@@ -109,9 +109,9 @@ class CapturedSteps(ABC):
         world.host_s += start - world.gpu_free_s
         world.host_free_s = world.gpu_free_s = start
 
+    @abstractmethod
     def _fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
         """The event's computing is on its way: make its prefetches."""
-        self._world.fetch(routing, moves)
 
     def _planned_s(self, warm_s: float, waited: float) -> float:
         """Now, after *waited* seconds, the host plans for what takes *warm_s* in warm caches."""
@@ -150,13 +150,15 @@ class CapturedSteps(ABC):
         issue_s = world.costs.copy_issue_s
         own_s = world.costs.late_issue_s * wanted
         issuing = own_s + issue_s * sum(map(len, plan.waves))
+        told = 0.0
         for part in then:
             issuing += part
+            told += part
         longer = cold.longer(issuing, cold.weight(waited)) / issuing if issuing else 1.0
         host += own_s * longer
         for wave in plan.waves:
             host = link.demand(wave, host, issue_s * longer)
-        return host + sum(then) * longer, late
+        return host + told * longer, late
 
     def _await(self, moves: Iterable[Move], now: float) -> float:
         """The GPU, free at *now*, waits until all of *moves* have landed."""

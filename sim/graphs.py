@@ -40,8 +40,9 @@ class GraphSteps(CapturedSteps):
         super()._launch_first(begun)
 
     def _fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
-        self._untold.fetched(moves)
-        super()._fetch(routing, moves)
+        if moves:
+            self._untold.fetched(moves)
+        self._world.fetch(routing, moves)
 
     def _quiet(self, experts: int, gate: float, waited: float, work: float) -> bool:
         if self._untold.count:

@@ -44,12 +44,11 @@ class WholeSteps(CapturedSteps):
             self._untold.kept(begun)
             self._world.host_free_s += self._publish_s
         super()._launch_first(begun)
-        # What was published before the launch is seen from the start on.
-        self._settled_s = self._world.gpu_free_s
+        self._settled_s = self._world.gpu_free_s + self._notice_s
 
     def _fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
-        super()._fetch(routing, moves)
         world = self._world
+        world.fetch(routing, moves)
         if moves:
             self._untold.kept(moves)
             world.host_free_s += self._publish_s
