@@ -98,10 +98,8 @@ class Planner:
         self.cache = ExpertCache(context, full_slots=full, low_slots=low, policy=policy.name)
         self._slot_of = self.cache.slot_of
         self._prefetches = type(policy).prefetch is not Policy.prefetch
-        #: Whether the policy says itself how what is missed is served.
-        self.serves = type(policy).serve is not Policy.serve
-        #: Whether no expert is ever left to the CPU: a policy is held to what it says of this.
-        self.spares_cpu = spares_cpu(policy)
+        #: Whether the policy says how what is missed is served, and never leaves any to the CPU.
+        self.serves, self.spares_cpu = type(policy).serve is not Policy.serve, spares_cpu(policy)
         self._inexact = not policy.exact
         #: Whether anything is left to do when an event's demand is planned.
         self._follows = self._prefetches or self.serves or self._inexact
