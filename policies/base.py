@@ -187,6 +187,9 @@ class Policy(ABC):
     forecasts: ClassVar[bool] = False
     #: What the trace must carry: any of ``weights``, ``training``.
     needs: ClassVar[tuple[str, ...]] = ()
+    #: :meth:`serve` may leave experts to the CPU. A class whose own ``serve`` never does may say
+    #: False: its decode steps can then run as one graph each.
+    uses_cpu: ClassVar[bool] = True
 
     #: Bits of a low-precision copy, and the share of the budget's bytes given to such copies.
     low_bits: int = 4
@@ -225,3 +228,19 @@ class Policy(ABC):
         The ledger takes the first that is not pinned and frees a slot of the right kind; it
         passes over the rest. Yielding nothing refuses: a prefetch is then not made.
         """
+
+
+def spares_cpu(policy: Policy) -> bool:
+    """Whether *policy* is known to leave no expert to the CPU.
+
+    It has no ``serve`` of its own, or the class that wrote it, or one built on that, says
+    ``uses_cpu = False``. What is said of one ``serve`` does not hold for another that replaces it.
+    """
+    for cls in type(policy).__mro__:
+        if cls is Policy:
+            return True
+        if "uses_cpu" in vars(cls):
+            return not vars(cls)["uses_cpu"]
+        if "serve" in vars(cls):
+            return False
+    return False

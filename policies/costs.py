@@ -5,6 +5,7 @@ from __future__ import annotations
 from policies.base import Context
 from policies.graph_costs import GraphCosts
 from policies.hardware import HardwareProfile
+from policies.whole_costs import WholeCosts
 from traces.model import ModelSpec
 
 
@@ -53,6 +54,10 @@ class Costs:
         self.graph: GraphCosts | None = None
         if host.graph_launch_s:
             self.graph = GraphCosts(profile, model, cache_tokens, low_bits)
+        #: The same of those decode steps that run as one graph each, if any do.
+        self.whole: WholeCosts | None = None
+        if self.graph is not None and profile.whole is not None:
+            self.whole = WholeCosts(profile, profile.whole, model, cache_tokens, low_bits)
         self._experts: dict[int, float] = {}
         self._attention: dict[tuple[int, int], float] = {}
 

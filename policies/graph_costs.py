@@ -92,7 +92,7 @@ def _vocabulary_params(dims: Dimensions, model: ModelSpec) -> int:
     return round(dims.vocabulary * dims.hidden * model.layers / dims.layers)
 
 
-def _of_family(figures: Mapping[str, float], family: str, otherwise: float) -> float:
+def of_family(figures: Mapping[str, float], family: str, otherwise: float) -> float:
     """The figure of *family*, of any family, or *otherwise*."""
     return figures.get(family, figures.get(ANY_FAMILY, otherwise))
 
@@ -114,6 +114,10 @@ class UntoldChanges:
     def __init__(self, total: int) -> None:
         self._total = total
         self.count = 0
+
+    def kept(self, moves: Iterable[Move]) -> None:
+        """*moves* are made while nobody reads this table; it has an entry for each expert."""
+        self.count = min(self.count + table_changes(moves, self._total), self._total)
 
     def fetched(self, moves: Iterable[Move]) -> None:
         """*moves* are made ahead of time, before a step's first layer or behind an event."""
@@ -160,14 +164,15 @@ class GraphCosts:
         host = profile.host
         #: What a wait adds to issuing and launching; :meth:`planning_cold` to planning.
         self.cold = Cold(host.cold_share, host.cold_after_s, host.cold_most_s)
-        software, facts = profile.software, facts_of(model)
-        self.floor_s = _of_family(software.layer_floor_s, facts.family, 0.0)
-        self._several_s = _of_family(software.several_floor_s, facts.family, self.floor_s)
+        software = profile.software
+        self.facts = facts = facts_of(model)
+        self.floor_s = of_family(software.layer_floor_s, facts.family, 0.0)
+        self.several_floor_s = of_family(software.several_floor_s, facts.family, self.floor_s)
         rate = profile.gpu.memory_bytes_per_s
         self._read_rate = software.dense_efficiency * rate
-        kept = _of_family(software.kv_efficiency, facts.family, software.dense_efficiency)
+        kept = of_family(software.kv_efficiency, facts.family, software.dense_efficiency)
         self._kv_rate = kept * rate
-        self._position_s = _of_family(software.kv_token_s, facts.family, 0.0)
+        self._position_s = of_family(software.kv_token_s, facts.family, 0.0)
         in_layers = max(model.dense_params - facts.head_params - facts.idle_params, 0)
         self._layer_params = in_layers / model.layers
         #: The head, once a step.
@@ -207,7 +212,7 @@ class GraphCosts:
         # Sequences are worked on beside each other: a position of all of them counts once.
         read_s += self._position_s * (kv_tokens / tokens)
         flops = 2 * self._layer_params * tokens + 4 * model.hidden * kv_tokens
-        floor_s = self.floor_s if tokens == 1 else self._several_s
+        floor_s = self.floor_s if tokens == 1 else self.several_floor_s
         return floor_s + max(read_s, flops / self.profile.gpu.bf16_flops_per_s)
 
     def expert_s(self, tokens: int) -> float:

@@ -27,7 +27,7 @@ SOURCES = ("measured", "reported", "datasheet", "assumed")
 KINDS = ("measured", "datasheet")
 
 #: The sections whose every figure needs a source.
-FIGURES = ("gpu", "link", "host", "software", "expert", "cpu")
+FIGURES = ("gpu", "link", "host", "software", "whole", "expert", "cpu")
 
 #: The key of ``software.layer_floor_s`` for every family that is not named.
 ANY_FAMILY = "any"
@@ -145,6 +145,30 @@ class Software:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """Decode steps as one graph each, with a handshake at every gate (:mod:`policies.whole_steps`).
+
+    *handshake_s* is the GPU time from a gate's end until its experts begin, where nothing has
+    to be waited for; *notice_s* from what the host publishes, or the end of a copy, until a GPU
+    that waits for it goes on; *answer_s* from a gate's end until a host that polls has the
+    answer. The host takes *publish_s* to write what has changed into the table of experts:
+    once for what an event demands, once for its prefetches, nothing where neither moved any.
+    From an event's end it is *follow_s* until it can read the next answer, and *launch_s* (0:
+    ``host.graph_launch_s``) to launch a step. *layer_floor_s* and *several_floor_s* are as
+    those of :class:`Software`, which count for families that are not named here.
+    """
+
+    handshake_s: float = field(metadata={"least": 0})
+    answer_s: float = field(metadata={"least": 0})
+    notice_s: float = field(metadata={"least": 0})
+    publish_s: float = field(metadata={"least": 0})
+    follow_s: float = field(default=0.0, metadata={"least": 0})
+    launch_s: float = field(default=0.0, metadata={"least": 0})
+    layer_floor_s: Mapping[str, float] = _by_name()
+    several_floor_s: Mapping[str, float] = _by_name()
+
+
+@dataclass(frozen=True)
 class ExpertModel:
     """How well an expert uses the GPU.
 
@@ -213,6 +237,7 @@ class HardwareProfile:
     cpu: Cpu
     sources: Mapping[str, str] = field(hash=False)
     measurement: Measurement | None = None
+    whole: Whole | None = None
     expert_rows: tuple[ExpertRow, ...] = ()
 
     def roofline_s(
@@ -324,6 +349,8 @@ def _check(profile: HardwareProfile, where: str) -> None:
         raise InputError(
             f"{where}: host.graph_launch_s is given, expected software.layer_floor_s as well"
         )
+    if profile.whole is not None and not profile.host.graph_launch_s:
+        raise InputError(f"{where}: [whole] is given, expected host.graph_launch_s as well")
     for name in ("layer_floor_s", "several_floor_s", "kv_efficiency", "kv_token_s"):
         by_family = getattr(profile.software, name)
         if by_family and ANY_FAMILY not in by_family:

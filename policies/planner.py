@@ -15,7 +15,7 @@ from operator import index
 
 import numpy as np
 
-from policies.base import Context, Forecaster, Policy, Service, Substitute
+from policies.base import Context, Forecaster, Policy, Service, Substitute, spares_cpu
 from policies.decisions import DecisionLog
 from policies.ledger import ExpertCache, LedgerError
 from policies.moves import Move
@@ -98,10 +98,11 @@ class Planner:
         self.cache = ExpertCache(context, full_slots=full, low_slots=low, policy=policy.name)
         self._slot_of = self.cache.slot_of
         self._prefetches = type(policy).prefetch is not Policy.prefetch
-        self._serves = type(policy).serve is not Policy.serve
+        #: Whether the policy says how what is missed is served, and never leaves any to the CPU.
+        self.serves, self.spares_cpu = type(policy).serve is not Policy.serve, spares_cpu(policy)
         self._inexact = not policy.exact
         #: Whether anything is left to do when an event's demand is planned.
-        self._follows = self._prefetches or self._serves or self._inexact
+        self._follows = self._prefetches or self.serves or self._inexact
         self._on_load, self._on_evict = policy.on_load, policy.on_evict
         self._on_route, self._victims = policy.on_route, policy.victims
         self._ledger_place = self.cache.place
@@ -197,7 +198,7 @@ class Planner:
     def _place_demand(self, routing: Routing, missed: list[int], record: list[int]) -> Plan:
         self.cache.pinned = set(routing.experts)
         loads, served = missed, None
-        if self._serves:
+        if self.serves:
             loads, served, missed = self._serve(routing, missed, record)
             if routing.step.phase == PREFILL:
                 self._note_low(served.values(), loads)
@@ -260,6 +261,8 @@ class Planner:
                 f"would change the output ({service}) of {self.context.name(expert)}, "
                 "but declares exact = True"
             )
+        if service is Service.CPU and self.spares_cpu:
+            raise self._refusal("leaves an expert to the CPU, but declares uses_cpu = False")
         if isinstance(service, Service):
             return _CODES[service]
         same = service.expert // self.context.experts == expert // self.context.experts
@@ -274,7 +277,7 @@ class Planner:
         wave: list[Move] = []
         place = self._place
         computing: set[int] | None = None
-        for copy in sorted(loads) if self._serves else loads:
+        for copy in sorted(loads) if self.serves else loads:
             move = place(copy, record, True)
             if move is None:
                 waves.append(wave)

@@ -41,8 +41,17 @@ class Observer:
         self._row = self.recording.begin(step, self._world.gpu_free_s)
         self._began = self._tallies()
 
-    def event(self, routing: Routing, plan: Plan, attention: tuple[float, float]) -> None:
-        """An event has been served; *attention* says when its first part computed."""
+    def event(
+        self,
+        routing: Routing,
+        plan: Plan,
+        attention: tuple[float, float],
+        doing: str = "plan and launch",
+    ) -> None:
+        """An event has been served; *attention* says when its first part computed.
+
+        *doing* is what the host did from its answer on.
+        """
         recording, world = self.recording, self._world
         recording.uses[routing.experts] += 1
         row = self._row
@@ -54,7 +63,7 @@ class Observer:
             decide = world.env.now
             self.span("GPU", f"attention {routing.layer}", *attention)
             self.span("D2H", f"gate {routing.layer}", attention[1], decide)
-            self.span("host", f"plan and launch {routing.layer}", decide, world.host_free_s)
+            self.span("host", f"{doing} {routing.layer}", decide, world.host_free_s)
             if not recording.dropped_spans:
                 recording.queue.append((decide, len(world.link)))
                 recording.slots_used.append((decide, len(world.planner.cache)))

@@ -4,7 +4,8 @@ Host and GPU are two timelines that meet at every gate: the host launches attent
 gate's answer, plans, issues copies and launches the experts, then runs ahead to the next
 layer; the GPU works in stream order and waits for launches and for copies that have not
 landed. SimPy is the clock: one timeout per event, at the moment the host has the answer.
-Decode steps that run as captured graphs have their own course, in :mod:`sim.graphs`.
+Decode steps that run as captured graphs have their own courses, in :mod:`sim.graphs` and
+:mod:`sim.whole_steps`.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import simpy
 
 from policies.base import Service, Substitute
 from policies.costs import Costs
+from policies.graph_costs import UntoldChanges
 from policies.moves import Move
 from policies.planner import NOTHING, Plan, Planner, blame
 from policies.recording import Recording
 from policies.result import CAUSES
 from policies.routing import DECODE, Routing, Step
+from policies.whole_steps import runs_whole
+from sim.captured import CapturedSteps
 from sim.following import Following
 from sim.graphs import GraphSteps
 from sim.link import Link
 from sim.observer import Observer
+from sim.whole_steps import WholeSteps
 
 
 class World:
@@ -65,7 +70,9 @@ class World:
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self._foresee_s = costs.foresee_s(planner.policy.name)
         self._wake_s = costs.wake_s
-        self._graphs = GraphSteps(self, costs.graph) if costs.graph is not None else None
+        untold = UntoldChanges(total)
+        self._graphs = GraphSteps(self, costs.graph, untold) if costs.graph is not None else None
+        self._whole = WholeSteps(self, costs.whole, untold) if costs.whole is not None else None
         self.following = Following(self)
         #: What a token scheduler has cost so far.
         self.scheduling = self.following.times
@@ -126,13 +133,22 @@ class World:
             if observer is not None:
                 observer.begin(step)
             begun = self._begin(step)
-            if self._graphs is not None and step.phase == DECODE:
-                yield from self._graphs.layers(step, begun)
+            captured = self._captured(step)
+            if captured is not None:
+                yield from captured.layers(step, begun)
             else:
                 yield from self._layers(step)
             self._end(step, started, parts)
             if observer is not None:
                 observer.end()
+
+    def _captured(self, step: Step) -> CapturedSteps | None:
+        """How *step* runs as captured graphs, if it does."""
+        if step.phase != DECODE:
+            return None
+        if self._whole is not None and runs_whole(self.planner, step.size):
+            return self._whole
+        return self._graphs
 
     def _begin(self, step: Step) -> Sequence[Move]:
         """What a policy fetches before the first layer."""
@@ -299,8 +315,7 @@ class World:
         worked = ready
         least = self.costs.least_alone_s
         for move, seconds in arriving:
-            if self.ready_s(move) > now:
-                now = self.stall(move, now)
+            now = self.await_copy(move, now, self._wake_s)
             if seconds < least:
                 seconds = least
             if watch is not None:
@@ -310,20 +325,20 @@ class World:
         self.experts_s += worked
         return now
 
-    def ready_s(self, move: Move) -> float:
-        """When a stream that waits for *move*, which has been issued, goes on."""
-        return move.land_s + self._wake_s
+    def await_copy(self, move: Move, now: float, notice_s: float) -> float:
+        """The GPU, free at *now*, waits for *move*, which has been issued.
 
-    def stall(self, move: Move, now: float) -> float:
-        """The GPU, free at *now*, waits for *move*; returns when it goes on."""
-        ready = self.ready_s(move)
-        wait = ready - now
+        Returns when it goes on: at once, or *notice_s* after the move has landed.
+        """
+        ready = move.land_s + notice_s
+        if ready <= now:
+            return now
         if self.observer is not None:
             self.observer.on_copy("GPU", "stall", move.copy, now, ready)
         if move.demand:
-            self.stall_demand_s += wait
+            self.stall_demand_s += ready - now
         else:
-            self.stall_late_s += wait
+            self.stall_late_s += ready - now
         return ready
 
     def served(

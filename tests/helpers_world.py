@@ -64,6 +64,9 @@ class Transfer:
         self.landed = machine.env.event()
         #: A stream that waits for it has noticed.
         self.noticed = machine.env.event()
+        self.landed_s = float("inf")
+        #: When the GPU can know of it, if not from the start.
+        self.told: simpy.Event | None = None
         self.issued = False
         self.urgent = urgent
         self.process = machine.env.process(self.cross())
@@ -90,6 +93,7 @@ class Transfer:
             copy_s = machine.costs.idle_copy_s if idle else machine.costs.queued_copy_s
             yield machine.env.timeout(copy_s(machine.costs.full_bytes))
         machine.places.release(request)
+        self.landed_s = machine.env.now
         self.landed.succeed()
         yield machine.env.timeout(machine.costs.wake_s)
         self.noticed.succeed()
@@ -134,12 +138,15 @@ class Machine:
                 for layer, experts in enumerate(step.demand)
             ]
             event += len(routings)
-            graphs = self.costs.graph is not None and step.phase == DECODE
-            if graphs:
-                yield from self.replays(step, routings, moves)
+            if self.costs.graph is not None and step.phase == DECODE:
+                yield from self.decode(step, routings, moves)
             else:
                 yield from self.launches(step, routings)
             yield self.env.timeout(self.costs.step_s)
+
+    def decode(self, step: Step, routings: Sequence[Routing], begun: Sequence[Move]) -> Flow:
+        """A decode step, where these run as captured graphs."""
+        yield from self.replays(step, routings, begun)
 
     def launches(self, step: Step, routings: Sequence[Routing]) -> Flow:
         """A step launched kernel by kernel; *gpu* is when all work given to it is done."""

@@ -38,6 +38,7 @@ class Mixed(Policy):
     """
 
     exact: ClassVar[bool] = False
+    uses_cpu: ClassVar[bool] = False
     forecasts: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("weights",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -20,11 +20,15 @@ from policies.testing import example_model
 from sim.world import World
 from tests.helpers import BUSY, machine, random_trace, replay, simulate, trace_of
 from tests.helpers_replay import events_of
+from tests.helpers_whole import whole
 from tests.helpers_world import captured
 from traces.trace import MemoryTrace
 
 EXACT = ["belady", "fifo", "lfru", "lfu", "lru", "predictive", "static"]
 DEMAND_ONLY = ["belady", "fifo", "lfru", "lfu", "lru"]
+
+#: Ways in which decode steps run.
+WAYS = {"eager": BUSY, "graphs": captured(BUSY), "whole": whole(BUSY)}
 
 
 def without_cache_reads(trace: MemoryTrace) -> MemoryTrace:
@@ -48,7 +52,7 @@ def run(name: str, trace: MemoryTrace, slots: int, batch: int, seed: int = 0) ->
     return simulate(name, trace, slots, BUSY, batch=batch, forecaster=forecaster)
 
 
-@pytest.mark.parametrize("profile", [BUSY, captured(BUSY)], ids=["eager", "graphs"])
+@pytest.mark.parametrize("profile", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", [*EXACT, "mixed"])
 @given(
     seed=st.integers(0, 10**6),
@@ -89,7 +93,7 @@ def test_the_link_is_never_busier_than_the_run_is_long(name: str) -> None:
         assert world.link.busy_s <= world.total_s + 2 * world.costs.idle_copy_s(3000)
 
 
-@pytest.mark.parametrize("profile", [BUSY, captured(BUSY)], ids=["eager", "graphs"])
+@pytest.mark.parametrize("profile", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", DEMAND_ONLY)
 def test_with_room_for_all_a_second_pass_is_compute_bound(
     name: str, profile: HardwareProfile
@@ -135,15 +139,36 @@ def test_loads_and_experts_are_a_two_stage_pipeline() -> None:
         assert world.total_s == pytest.approx(world.attention_s + 5 * event, rel=1e-12)
 
 
+@pytest.mark.parametrize("way", [lambda eager: eager, whole], ids=["eager", "whole"])
 @given(seed=st.integers(0, 10**6), slots=st.integers(2, 18), batch=st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
-def test_a_faster_link_is_never_slower_for_demand_only(seed: int, slots: int, batch: int) -> None:
+def test_a_faster_link_is_never_slower_for_demand_only(
+    way: Callable[[HardwareProfile], HardwareProfile], seed: int, slots: int, batch: int
+) -> None:
     trace = random_trace(seed)
-    totals = [
-        simulate("lru", trace, slots, machine(copy_s=copy_s, event_s=1e-5), batch=batch).total_s
-        for copy_s in (3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
+    profiles = [
+        way(machine(copy_s=copy_s, event_s=1e-5)) for copy_s in (3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
     ]
+    totals = [simulate("lru", trace, slots, profile, batch=batch).total_s for profile in profiles]
     assert totals == sorted(totals, reverse=True)
+
+
+@pytest.mark.parametrize("name", [*EXACT, "mixed"])
+@given(seed=st.integers(0, 10**6), slots=st.integers(2, 18), batch=st.integers(1, 3))
+@settings(max_examples=15, deadline=None)
+def test_decisions_do_not_depend_on_how_steps_run(
+    name: str, seed: int, slots: int, batch: int
+) -> None:
+    """Only time does: a profile tells policies the same, with one graph a step or with a chain."""
+    worlds = []
+    for profile in (WAYS["graphs"], WAYS["whole"]):
+        forecaster = Oracle(accuracy=0.8, horizon=4) if POLICIES.build(name).forecasts else None
+        trace = random_trace(seed)
+        worlds.append(simulate(name, trace, slots, profile, batch=batch, forecaster=forecaster))
+    chain, one = worlds
+    assert one.planner.log.sha256() == chain.planner.log.sha256()
+    assert one.events == chain.events
+    assert one.planner.counts == chain.planner.counts
 
 
 def test_bounds_do_not_depend_on_the_policy_and_fall_with_the_budget() -> None:

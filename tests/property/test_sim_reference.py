@@ -19,7 +19,8 @@ from policies.planner import Planner
 from policies.registry import POLICIES
 from sim.world import World
 from tests.helpers import machine, random_trace
-from tests.helpers_world import Machine, captured
+from tests.helpers_whole import WholeMachine, whole
+from tests.helpers_world import captured
 from traces.trace import MemoryTrace
 
 PROFILES = {
@@ -31,10 +32,16 @@ PROFILES = {
     "slow link": machine(copy_s=7.3e-3, idle_extra_s=1.9e-3, event_s=1.1e-5, copy_issue_s=3e-6),
     "fast link": machine(copy_s=1.7e-4, expert_s=3.1e-4, event_s=9e-6, sync_s=1.3e-5),
 }  # fmt: skip
+WHOLE = {f"{name}, whole": whole(profile) for name, profile in PROFILES.items()}
 PROFILES |= {f"{name}, graphs": captured(profile) for name, profile in PROFILES.items()}
+PROFILES |= WHOLE
 # What events issue themselves is not hidden behind copies that are faster than their issue.
 LATE = captured(machine(copy_s=5.3e-4, expert_s=1.1e-3, event_s=9e-6, sync_s=1.3e-5))
 PROFILES["slow issue, graphs"] = replace(LATE, host=replace(LATE.host, late_issue_s=2.3e-3))
+# The host can have planned an event, and its copies have landed, before the GPU looks them up.
+SLOW_NOTICE = whole(machine(copy_s=1.1e-5, expert_s=1.3e-5), notice_s=1.7e-4, follow_s=0.0)
+PROFILES["slow notice, whole"] = SLOW_NOTICE
+PROFILES["slow answer, whole"] = whole(machine(copy_s=3.1e-4), answer_s=2.9e-4, publish_s=4.3e-5)
 
 
 def planner_of(
@@ -89,7 +96,7 @@ def test_worlds_agree(
     world = World(planner, costs, depth=depth)
     world.run(future.steps())
     planner, future = planner_of(POLICIES.build(text), trace, slots, batch, accuracy, costs)
-    other = Machine(planner, costs, depth).run(future.steps())
+    other = WholeMachine(planner, costs, depth).run(future.steps())
 
     assert planner.log.sha256() == world.planner.log.sha256()
     assert world.total_s == pytest.approx(other.total_s, rel=1e-9)

@@ -234,6 +234,9 @@ def test_a_profile_can_be_read_from_a_path(tmp_path: Path) -> None:
 A40 = tomllib.loads((PROFILES / "a40-pcie4.toml").read_text())
 
 
+WHOLE = {"handshake_s": 3e-6, "answer_s": 2e-6, "notice_s": 0.0, "publish_s": 1e-6}
+
+
 def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     *parents, last = path.split("/")
 
@@ -295,6 +298,10 @@ def _toml(value: Any) -> str:
         (_set("software/policy_layer_s", {"mixed": "x"}), "software.policy_layer_s.mixed is 'x'"),
         (_set("link/wake_s", -1), "link.wake_s is -1, expected a number of at least 0"),
         (_set("link/wake_s", 1e-6), "sources: nothing is said of link.wake_s"),
+        (_set("whole", {"answer_s": 1e-6}), "key 'whole.handshake_s' is missing"),
+        (_set("whole", WHOLE | {"notice_s": -1}), "whole.notice_s is -1, expected a number of at"),
+        (_set("whole", WHOLE | {"poll_s": 1}), "unknown key 'whole.poll_s', expected handshake_s"),
+        (_set("whole", WHOLE), "sources: nothing is said of whole.handshake_s"),
         (_set("software/dense_efficiency", 0), "software.dense_efficiency is 0, expected a nu"),
         (_set("sources/cpu", None), "sources: nothing is said of cpu.expert_bytes_per_s"),
         (_set("sources/cpu", "hearsay: a friend"), "sources.cpu is 'hearsay: a friend'"),
@@ -326,6 +333,27 @@ def test_graphs_need_a_floor(tmp_path: Path) -> None:
     path.write_text("\n".join(f"{key} = {_toml(value)}" for key, value in values.items()))
     with pytest.raises(InputError, match=r"expected software\.layer_floor_s as well"):
         load_profile(path)
+
+
+def test_whole_steps_need_a_chain_for_the_others(tmp_path: Path) -> None:
+    """And say nothing of floors and launches that are those of the chain."""
+    values = json.loads(json.dumps(A40)) | {"whole": WHOLE}
+    values["sources"] |= {"whole": "assumed: for a test", "host": "assumed: for a test"}
+    path = tmp_path / "whole.toml"
+    path.write_text("\n".join(f"{key} = {_toml(value)}" for key, value in values.items()))
+    with pytest.raises(InputError, match=r"\[whole\] is given, expected host\.graph_launch_s as"):
+        load_profile(path)
+    values["host"]["graph_launch_s"] = 7e-6
+    values["software"]["layer_floor_s"] = {"any": 4e-5}
+    path.write_text("\n".join(f"{key} = {_toml(value)}" for key, value in values.items()))
+    profile = load_profile(path)
+    costs = Costs(profile, model_sizes("olmoe")).whole
+    assert costs is not None
+    assert (costs.launch_s, costs.floor_s, costs.handshake_s) == (7e-6, 4e-5, 3e-6)
+    shown = CliRunner().invoke(hardware, [str(path)]).output
+    assert "whole.answer_s" in shown
+    assert "whole.follow_s" not in shown
+    assert load_profile("a40-pcie4").whole is None
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:

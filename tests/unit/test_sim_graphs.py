@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ from policies.routing import Step
 from policies.testing import example_model
 from sim.world import World
 from tests.helpers import BUSY, machine, random_trace, simulate, trace_of
+from tests.helpers_whole import whole
 from tests.helpers_world import captured
 from traces.model import ModelSpec
 from traces.sizes import dimensions, model_sizes, resize, size_names
@@ -248,11 +249,12 @@ def test_a_policy_has_its_own_time(graphs: bool) -> None:
     assert least == host.policy_event_s["lru"]
 
 
-def test_spans_do_not_overlap() -> None:
+@pytest.mark.parametrize("way", [captured, whole])
+def test_spans_do_not_overlap(way: Callable[[HardwareProfile], HardwareProfile]) -> None:
     trace = random_trace(7)
     policy = POLICIES.build("predictive")
     model = trace.model
-    costs = Costs(captured(BUSY), model)
+    costs = Costs(way(BUSY), model)
     context = Context(model.layers, model.experts, model.top_k, 5, layer_s=costs.layer_s())
     forecaster = Oracle(accuracy=0.8, horizon=4)
     planner = Planner(policy, context, forecaster, log=DecisionLog())
