@@ -237,7 +237,7 @@ def spares_cpu(policy: Policy) -> bool:
     ``uses_cpu = False``. What is said of one ``serve`` does not hold for another that replaces it.
     """
     for cls in type(policy).__mro__:
-        if cls is Policy:
+        if vars(cls).get("serve") is Policy.serve:
             return True
         if "uses_cpu" in vars(cls):
             return not vars(cls)["uses_cpu"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from policies.whole_steps import runs_whole
 from runtime.captured import Counters, tensors
 from runtime.chains import Chain
 from runtime.errors import warn_uncaptured
@@ -17,7 +18,7 @@ from runtime.handshake import handshake_for
 from runtime.hook import Hook
 from runtime.masks import full_windows, masks_are_given
 from runtime.maths import Fused
-from runtime.whole_steps import WholeStep, runs_whole
+from runtime.whole_steps import WholeStep
 from runtime.window import make_capturable
 
 #: Chains kept at a time; one is needed for each batch size and cache. The one that has not run

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.base import Policy
-from policies.planner import Plan, Planner
+from policies.planner import Plan
 from policies.routing import Routing
+from policies.whole_steps import awaits_plan
 from runtime.captured import Captured, GateAnswer
 from runtime.engine import Engine
 from runtime.errors import OffloadError
@@ -25,20 +25,6 @@ from runtime.handshake import Handshake
 from runtime.hook import Hook
 from runtime.kernels.gate import GateKernel
 from runtime.maths import Fused
-
-
-def runs_whole(planner: Planner, tokens: int) -> bool:
-    """Whether every event of a decode step of *tokens* tokens can be part of one graph."""
-    return type(planner.policy).serve is Policy.serve and takes_all(planner, tokens)
-
-
-def takes_all(planner: Planner, tokens: int) -> bool:
-    """Whether the slots take whatever an event of *tokens* tokens may demand, in one wave."""
-    most = min(tokens * planner.context.top_k, planner.context.experts)
-    slots = planner.cache.full_slots
-    if planner.context.pool == "layer":
-        slots //= planner.context.layers
-    return slots >= most
 
 
 class WholeStep:
@@ -58,7 +44,7 @@ class WholeStep:
         self._hook, self._shake = hook, handshake
         self._kernels = maths.kernels
         #: Whether the policy decides for held experts too how they are served.
-        self._serves = type(hook.engine.planner.policy).serve is not Policy.serve
+        self._serves = awaits_plan(hook.engine.planner)
         tokens = kwargs["input_ids"].numel()
         #: Whether what is there is computed while the rest is awaited.
         self._early = self._kernels.waits(tokens)
@@ -167,7 +153,10 @@ def answer(
     """
     plan, late = engine.decide(routing, together=True)
     if not plan.whole:
-        raise RuntimeError(f"event {routing.event}: waves or the CPU came where none were foreseen")
+        raise OffloadError(
+            f"event {routing.event}: policy {engine.planner.policy.name!r} left part of the demand "
+            "for a second wave, which a step in one graph does not have; compute='fused' does"
+        )
     if serves:
         slot = engine.table.slot
         first = routing.layer * shake.experts

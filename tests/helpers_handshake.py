@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from policies.routing import PREFILL, Step
+from policies.whole_steps import runs_whole
 from runtime.bank import ABSENT
 from runtime.handshake import NEVER, PLANNED, POSTED, RELEASED, SETTLED, Handshake
 from runtime.lanes import Mark
-from runtime.whole_steps import answer, await_gate, takes_all
+from runtime.whole_steps import answer, await_gate
 from tests.helpers_stress import Case, Driver, RacingLanes
 
 
@@ -94,7 +95,7 @@ class PretendedDriver(Driver):
         self.whole = 0
 
     def layers(self, step: Step, size: int) -> None:
-        if step.phase == PREFILL or not takes_all(self.planner, size):
+        if step.phase == PREFILL or not runs_whole(self.planner, size):
             super().layers(step, size)
             return
         given = [self.inputs(size) for _ in range(self.case.layers)]

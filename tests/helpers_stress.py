@@ -125,6 +125,15 @@ class Chaotic(Policy):
         return wanted
 
 
+class Frugal(Chaotic):
+    """The same, but the CPU is left out, and the runtime knows it."""
+
+    uses_cpu = False
+
+    def serve(self, routing: Routing, missed: Sequence[int]) -> dict[int, Service | Substitute]:
+        return super().serve(routing, missed)
+
+
 class Plain(Chaotic):
     """The same, but all that is missed is loaded, and the runtime knows it."""
 
@@ -299,8 +308,8 @@ class Driver:
         low = store.low_layout
         share = low.size_bytes / store.layout.size_bytes if low else 0.0
         context = Context(case.layers, case.experts, case.top_k, case.slots, pool=case.pool)
-        policy = Chaotic(case) if case.serves else Plain(case)
-        self.planner = Planner(policy, context, low_bytes_share=share)
+        kind = (Chaotic if case.cpu else Frugal) if case.serves else Plain
+        self.planner = Planner(kind(case), context, low_bytes_share=share)
         cache = self.planner.cache
         self.bank = SlotBank(
             store.layout, cache.full_slots, device,

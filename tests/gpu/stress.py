@@ -28,11 +28,12 @@ from torch import Tensor
 
 from policies.planner import Plan
 from policies.routing import PREFILL, Routing, Step
+from policies.whole_steps import runs_whole
 from runtime.handshake import handshake_for
 from runtime.hook import HostAnswer
 from runtime.kernels.gate import GateKernel
 from runtime.lanes import CudaLanes, Mark
-from runtime.whole_steps import answer, await_gate, takes_all
+from runtime.whole_steps import answer, await_gate
 from tests.helpers_stress import Case, Driver, RacingLanes, cases, spoil
 
 #: GPU cycles that a copy or a piece of work may be held up: up to about 0.15 ms.
@@ -169,7 +170,7 @@ class WholeDriver(Driver):
         return self.random.random() < 0.7
 
     def layers(self, step: Step, size: int) -> None:
-        if step.phase == PREFILL or not takes_all(self.planner, size):
+        if step.phase == PREFILL or not runs_whole(self.planner, size):
             super().layers(step, size)
             return
         if size not in self._steps:
