@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.kernels.rank import best_experts
 from traces.errors import InputError
 from traces.model import ModelSpec
 
@@ -132,6 +133,10 @@ class Gate:
 
         What the gate would choose comes first, by falling weight, then the rest by score.
         """
+        if self.scores is _by_logit:
+            # What is chosen comes first in any case: the order of logits is that of weights.
+            bias = getattr(self.router, "bias", None)
+            return best_experts(hidden, self.router.weight, bias, width)
         # Not router(hidden): that would run the recording hooks once more.
         output = self.router.forward(hidden)
         chosen, _ = self.falling(output)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -29,7 +28,7 @@ NEVER = 2**31 - 2
 RELEASED = 2**31 - 1
 
 #: Words that both sides know, as in :mod:`runtime.kernels.triton_gate`.
-POSTED, FAILED, PLANNED, SETTLED, WORDS = 0, 16, 32, 33, 64
+POSTED, GUESSED, FAILED, PLANNED, SETTLED, WORDS = 0, 1, 16, 32, 33, 64
 
 #: Processors whose stores others see in their order.
 ORDERED = ("x86_64", "AMD64")
@@ -119,7 +118,9 @@ class Handshake:
         self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
         self.landed = lanes.count_landings()
         #: Events since the start, all settled between steps.
-        self.events = 0
+        #: Guesses posted so far, on the device and on the host.
+        self.guessed = torch.zeros(1, dtype=torch.int32, device=device)
+        self.events = self.guesses = 0
 
     def follow(self, engine: Engine) -> None:
         """Keep the table as the moves of *engine* want it, from its first move on."""
@@ -131,11 +132,19 @@ class Handshake:
         """The longest that a kernel waits, in nanoseconds."""
         return int(self._limit_s * 1e9)
 
-    def await_answer(self, poll: Any) -> None:
+    def await_answer(self, poll: Callable[[], None] | None) -> None:
         """Wait on the host for the next gate, calling *poll*, if any, meanwhile."""
-        words, wanted = self._words, self.events + 1
+        self._await(POSTED, self.events + 1, poll)
+
+    def await_guesses(self, poll: Callable[[], None] | None) -> None:
+        """The same for the guesses that belong to the present gate."""
+        self.guesses += 1
+        self._await(GUESSED, self.guesses, poll)
+
+    def _await(self, word: int, wanted: int, poll: Callable[[], None] | None) -> None:
+        words = self._words
         looks, begun = 0, 0.0
-        while words[POSTED] < wanted:
+        while words[word] < wanted:
             if poll is not None:
                 poll()
             looks += 1
@@ -143,7 +152,7 @@ class Handshake:
                 now = self._lanes.now()
                 begun = begun or now
                 if words[FAILED] or now - begun > 2 * self._limit_s:
-                    self._raise(wanted)
+                    self._raise(self.events + 1)
         self.check()
 
     def _raise(self, number: int) -> None:
@@ -205,8 +214,9 @@ class Handshake:
     def renew(self) -> None:
         """Wait until the device has run out, and begin anew."""
         self._lanes.finish()
-        for word in (POSTED, FAILED, PLANNED, SETTLED):
+        for word in (POSTED, GUESSED, FAILED, PLANNED, SETTLED):
             self._words[word] = 0
-        self.events = 0
+        self.events = self.guesses = 0
         self.count.zero_()
+        self.guessed.zero_()
         self._lanes.finish()

@@ -19,7 +19,7 @@ from runtime.engine import Engine
 from runtime.families import Gate
 from runtime.lanes import Mark
 from runtime.maths import CpuExperts, Maths
-from runtime.steps import Answer
+from runtime.steps import Answer, Ints
 
 #: Our name in transformers' table of experts functions.
 NAME = "expertflow"
@@ -56,6 +56,13 @@ class Steps(Protocol):
         """The event of *layer* of *step*."""
         ...
 
+    def note_ahead(self, step: Step, layer: int, ahead: Sequence[Ints]) -> None:
+        """What the gate input of *layer* lets expect of the next gates, [T, m] each.
+
+        Where it was not part of the answer: before anybody asks for the event's prefetches.
+        """
+        ...
+
 
 class GateReader:
     """Brings a gate's answer to the host through pinned memory and one mark.
@@ -82,11 +89,13 @@ class GateReader:
 
     def gather(self, layer: int, hidden: Tensor, index: Tensor) -> Tensor:
         """The rows int64 [T, k + ahead * width] to send, on the device."""
+        guesses = self.guesses(layer, hidden)
+        return torch.cat([index, *guesses], dim=1) if guesses else index
+
+    def guesses(self, layer: int, hidden: Tensor) -> list[Tensor]:
+        """What the next gates would choose for the input of *layer*'s: int64 [T, width] each."""
         targets = self._gates[layer + 1 : layer + 1 + self.ahead]
-        if not targets:
-            return index
-        guesses = [gate.rank(hidden, self.width) for gate in targets]
-        return torch.cat([index, *guesses], dim=1)
+        return [gate.rank(hidden, self.width) for gate in targets]
 
     def buffers(self, rows: Tensor, weights: Tensor) -> HostAnswer:
         """Host memory for *rows* and *weights*, pinned beside a GPU.
@@ -188,6 +197,12 @@ class Hook:
         if self.step is None or self.steps is None:
             raise RuntimeError("an experts module was called outside of the model's forward")
         return self.steps.route(self.step, layer, answer, self.engine.events)
+
+    def note_ahead(self, layer: int, ahead: Sequence[Ints]) -> None:
+        """Guesses that came behind the answer of *layer*'s gate."""
+        assert self.step is not None
+        assert self.steps is not None
+        self.steps.note_ahead(self.step, layer, ahead)
 
     def expect_answer(self) -> None:
         """What was launched ends with an answer: mark it before the host turns to other work.

@@ -125,13 +125,14 @@ class LiveSteps:
                 step._weights = np.zeros(shape, dtype=np.float32)
             step._weights[:, layer] = weights
         step._experts[:, layer] = chosen  # type: ignore[index]
-        self._note_ahead(step, layer, answer.ahead)
+        self.note_ahead(step, layer, answer.ahead)
         demand, counts = _demand(chosen, layer * self._experts)
         step.demand.append(demand)
         step._counts.append(counts)  # type: ignore[union-attr]
         return Routing(step, layer, demand, event)
 
-    def _note_ahead(self, step: Step, layer: int, ahead: Sequence[Ints]) -> None:
+    def note_ahead(self, step: Step, layer: int, ahead: Sequence[Ints]) -> None:
+        """What the gate input of *layer* lets expect of the next gates, [T, m] each."""
         if ahead and not step._ahead:
             shape = (step.size, self._layers, ahead[0].shape[1])
             step._ahead = tuple(np.full(shape, -1, dtype=np.int16) for _ in range(self._ahead))
@@ -204,6 +205,9 @@ class ReplayedSteps:
                 f"trace's {step.demand[layer]}"
             )
         return Routing(step, layer, demand, event)
+
+    def note_ahead(self, step: Step, layer: int, ahead: Sequence[Ints]) -> None:
+        """Nothing: the trace has its guesses."""
 
     def end(self, step: Step) -> None:
         """*step* has run."""

@@ -23,8 +23,9 @@ from runtime.engine import Engine
 from runtime.errors import OffloadError
 from runtime.handshake import Handshake
 from runtime.hook import Hook
-from runtime.kernels.gate import GateKernel
+from runtime.kernels.gate import GateKernel, GuessKernel
 from runtime.maths import Fused
+from runtime.steps import Ints
 
 
 class WholeStep:
@@ -45,6 +46,7 @@ class WholeStep:
         self._kernels = maths.kernels
         #: Whether the policy decides for held experts too how they are served.
         self._serves = awaits_plan(hook.engine.planner)
+        self._guess_kernel = GuessKernel(handshake)
         tokens = kwargs["input_ids"].numel()
         #: Whether what is there is computed while the rest is awaited.
         self._early = self._kernels.waits(tokens)
@@ -52,7 +54,12 @@ class WholeStep:
         self._load(tokens, stream)
         self._step = Captured(kwargs)
         self._gates: list[GateAnswer] = []
-        cuda: Any = torch.cuda
+        #: Pinned memory for each layer's guesses of the next gates, [T, width] each.
+        self._guesses: list[list[Ints]] = []
+        #: A stream beside: guesses are not to hold up the layers. What it reads is kept for it.
+        self._beside: Any = None
+        self._read: list[Tensor] = []
+        cuda = _cuda()
         self._graph = cuda.CUDAGraph()
         self._capture(forward, stream)
         self._step.let_go()
@@ -91,12 +98,18 @@ class WholeStep:
         gate, dtype = hook.gates[0], hook.engine.bank.layout.dtype
         hidden = torch.zeros(tokens, gate.hidden, dtype=dtype, device=device)
         experts = partial(self._kernels.run, wait=self._early)
-        cuda: Any = torch.cuda
-        with cuda.stream(stream):
+        self._shake.release()
+        with _cuda().stream(stream):
             self._gate_kernel.load(hook.reader, gate, hidden, experts)
+            guesses = hook.reader.guesses(0, hidden)
+            # Of the last layers fewer gates are guessed.
+            for count in range(1, len(guesses) + 1):
+                rows = torch.stack(guesses[:count])
+                self._guess_kernel.run(rows, _pinned_like(rows))
+        self._shake.renew()
 
     def _capture(self, forward: Callable[..., Any], stream: Any) -> None:
-        cuda: Any = torch.cuda
+        cuda = _cuda()
         self._hook.capturing = self._experts
         cuda.synchronize()
         stream.wait_stream(cuda.current_stream())
@@ -105,10 +118,13 @@ class WholeStep:
                 self._graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._step.output = forward(**self._step.inputs)
+                    if self._beside is not None:
+                        stream.wait_stream(self._beside)
                 finally:
                     self._graph.capture_end()
         finally:
             self._hook.capturing = None
+            self._read.clear()
         cuda.current_stream().wait_stream(stream)
         if len(self._gates) != self._shake.layers:
             raise OffloadError(
@@ -118,22 +134,56 @@ class WholeStep:
     def _experts(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """While capturing: the gate's kernel, then the experts, from wherever it finds them."""
         reader, slots = self._hook.reader, self._shake.slots[layer]
-        rows = reader.gather(layer, hidden, index)
-        host = reader.new_buffers(rows, weights)
-        index = index.contiguous()
-        self._gate_kernel.run(layer, rows.contiguous(), weights.contiguous(), index, host)
+        index, weights = index.contiguous(), weights.contiguous()
+        self._guess(layer, hidden)
+        host = reader.new_buffers(index, weights)
+        self._gate_kernel.run(layer, index, weights, index, host)
         self._gates.append(GateAnswer(host, (hidden, index, weights, slots)))
         out = torch.empty_like(hidden)
         self._kernels.run(hidden, index, weights, slots, out, wait=self._early)
         return out
+
+    def _guess(self, layer: int, hidden: Tensor) -> None:
+        """While capturing: a branch that posts what the next gates would choose."""
+        reader, cuda = self._hook.reader, _cuda()
+        if not reader.ahead:
+            return
+        if self._beside is None:
+            self._beside = cuda.Stream(hidden.device)
+        # What was handed in is written over when the layer has been computed.
+        hidden = hidden.clone()
+        self._read.append(hidden)
+        self._beside.wait_stream(cuda.current_stream())
+        with cuda.stream(self._beside):
+            guesses = reader.guesses(layer, hidden)
+            if guesses:
+                rows = torch.stack(guesses)
+                ring = _pinned_like(rows)
+                self._guess_kernel.run(rows, ring)
+                self._guesses.append(list(ring.numpy()))
 
     def _event(self, layer: int, gate: GateAnswer) -> str:
         """Wait for one gate and answer it; the cause of what the device waits for copies of it."""
         hook = self._hook
         await_gate(hook.engine, self._shake)
         routing = hook.route(layer, gate.host.read())
-        plan, _ = answer(hook.engine, self._shake, routing, serves=self._serves)
+        look = partial(self._look_ahead, layer) if layer < len(self._guesses) else None
+        plan, _ = answer(hook.engine, self._shake, routing, serves=self._serves, look=look)
         return "stall_demand" if plan.waves else "stall_late"
+
+    def _look_ahead(self, layer: int) -> None:
+        """Wait for the guesses that go with a gate's answer, which prefetches are decided by."""
+        engine = self._hook.engine
+        self._shake.await_guesses(engine.copier.poll if engine.copier.pending else None)
+        self._hook.note_ahead(layer, self._guesses[layer])
+
+
+def _cuda() -> Any:
+    return torch.cuda
+
+
+def _pinned_like(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def await_gate(engine: Engine, shake: Handshake) -> None:
@@ -145,11 +195,17 @@ def await_gate(engine: Engine, shake: Handshake) -> None:
 
 
 def answer(
-    engine: Engine, shake: Handshake, routing: Routing, *, serves: bool
+    engine: Engine,
+    shake: Handshake,
+    routing: Routing,
+    *,
+    serves: bool,
+    look: Callable[[], None] | None = None,
 ) -> tuple[Plan, list[int]]:
     """Plan one event and settle it; the plan, and the held copies that were still on their way.
 
-    With *serves* the policy decides for held experts too where they are read.
+    With *serves* the policy decides for held experts too where they are read. *look*, if any, is
+    called before it is asked for prefetches.
     """
     plan, late = engine.decide(routing, together=True)
     if not plan.whole:
@@ -164,6 +220,8 @@ def answer(
     # Even with nothing to do: the device may have looked before the last copy landed.
     shake.planned()
     engine.note()
+    if look is not None:
+        look()
     engine.after(plan, late)
     shake.settled()
     return plan, late

@@ -34,19 +34,13 @@ class GateKernel:
     def load(self, reader: GateReader, gate: Gate, hidden: Tensor, experts: Experts) -> None:
         """Compile for the tokens of *hidden* [T, H], and run once, *experts* behind it.
 
-        What is captured must be loaded before.
+        What is captured must be loaded before. The handshake has to be released.
         """
         shake, tokens, device = self._shake, len(hidden), hidden.device
         weights = torch.zeros(tokens, gate.top_k, dtype=gate.weights_dtype(), device=device)
         index = torch.zeros(tokens, gate.top_k, dtype=torch.int64, device=device)
-        shake.release()
-        # Of the last layers fewer gates are guessed.
-        for ahead in range(reader.ahead + 1):
-            width = gate.top_k + ahead * reader.width
-            rows = torch.zeros(tokens, width, dtype=torch.int64, device=device)
-            self.run(0, rows, weights, index, reader.new_buffers(rows, weights))
-            experts(hidden, index, weights, shake.slots[0], torch.empty_like(hidden))
-        shake.renew()
+        self.run(0, index, weights, index, reader.new_buffers(index, weights))
+        experts(hidden, index, weights, shake.slots[0], torch.empty_like(hidden))
 
     def run(
         self, layer: int, rows: Tensor, weights: Tensor, index: Tensor, host: HostAnswer
@@ -63,6 +57,22 @@ class GateKernel:
             _power_of_two(index.numel()), shake.experts, sent, self._served, self._early,
             num_warps=1,
         )  # fmt: skip
+
+
+class GuessKernel:
+    """Posts what the next gates are guessed to choose, beside the gates' own answers."""
+
+    def __init__(self, handshake: Handshake) -> None:
+        from runtime.kernels.triton_gate import guess_kernel
+
+        self._kernel: Any = guess_kernel
+        self._shake = handshake
+
+    def run(self, rows: Tensor, ring: Tensor) -> None:
+        """Post *rows* int64 [T, columns] to pinned memory *ring* of that shape."""
+        shake, size = self._shake, rows.numel()
+        padded = _power_of_two(size)
+        self._kernel[(1,)](shake.words, shake.guessed, rows, ring, size, padded, num_warps=1)
 
 
 def stamp_now(stamp: Tensor) -> None:

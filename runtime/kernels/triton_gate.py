@@ -15,8 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, globaltimer
 from runtime.kernels.triton_tiles import COMING
 
 #: Words of the host's memory, int32, each in a line of the cache of its own where the writers
-#: differ: the device writes the first two, the host the others.
-POSTED, FAILED, PLANNED, SETTLED = (tl.constexpr(word) for word in (0, 16, 32, 33))
+#: differ: the device writes the first three, the host the others.
+POSTED, GUESSED, FAILED, PLANNED, SETTLED = (tl.constexpr(word) for word in (0, 1, 16, 32, 33))
 
 #: The ticket of a copy that has not been issued.
 NEVER = tl.constexpr(2**31 - 2)
@@ -66,14 +66,30 @@ def _entries(table, expert, mask):
 
 
 @triton.jit
+def _send(rows, ring, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """*rows* [ROWS] to the host's *ring*."""
+    r = tl.arange(0, PADDED)
+    tl.store(ring + r, tl.load(rows + r, mask=r < ROWS), mask=r < ROWS)
+
+
+@triton.jit(do_not_specialize_on_alignment=["words", "guessed", "rows", "ring"])
+def guess_kernel(words, guessed, rows, ring, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Post guesses *rows* int64 [ROWS], of which *guessed* int32 [1] were posted before."""
+    number = tl.load(guessed) + 1
+    _send(rows, ring, ROWS, PADDED)
+    tl.store(guessed, number)
+    tl.debug_barrier()
+    tl.atomic_xchg(words + GUESSED, number, sem="release", scope="sys")
+
+
+@triton.jit
 def _post(
     words, number, rows, ring, weights, ring_weights, ROWS: tl.constexpr,
     ROWS_PADDED: tl.constexpr, PAIRS: tl.constexpr, PAIRS_PADDED: tl.constexpr,
     WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """The answer of gate *number* to the host, and then that it is there."""
-    r = tl.arange(0, ROWS_PADDED)
-    tl.store(ring + r, tl.load(rows + r, mask=r < ROWS), mask=r < ROWS)
+    _send(rows, ring, ROWS, ROWS_PADDED)
     if WEIGHTS:
         p = tl.arange(0, PAIRS_PADDED)
         tl.store(ring_weights + p, tl.load(weights + p, mask=p < PAIRS), mask=p < PAIRS)
