@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from policies.base import Policy
+from runtime.compiled import CompiledForward
 from runtime.errors import warn_uncaptured
 from runtime.hook import Hook, HostAnswer
 from runtime.masks import full_windows, masks_are_given
@@ -118,6 +119,9 @@ class DecodeGraphs:
         self._captures[key] += 1
         cache = kwargs["past_key_values"]
         make_capturable(cache)
+        if isinstance(self._forward, CompiledForward):
+            # Nothing can be compiled while a graph is captured.
+            self._forward.prepare(kwargs)
         counters = _Counters(cache)
         try:
             stream = _capture_stream(self._hook.engine.lanes.device)

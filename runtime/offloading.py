@@ -52,9 +52,9 @@ class Options:
     the experts by default. *compute* is ``fused`` (our kernels), ``reference``
     (transformers' own *kernel*) or ``auto``: fused on CUDA. *max_tokens* bounds the key-value
     cache that *gpu_memory* leaves room for, for each of the *batch* sequences of *turns*
-    batches that decode by turns. *graphs* captures decode steps where that can be done. *pin*
-    false keeps the experts in pageable memory. *record* keeps the routing, *timed* the time of
-    every stretch.
+    batches that decode by turns. *graphs* captures decode steps where that can be done,
+    *compiled* has ``torch.compile`` make them first. *pin* false keeps the experts in pageable
+    memory. *record* keeps the routing, *timed* the time of every stretch.
     """
 
     slots: int | None = None
@@ -74,6 +74,7 @@ class Options:
     seed: int = 0
     pin: bool = True
     graphs: bool = True
+    compiled: bool = False
     record: bool = False
     timed: bool = False
 
@@ -262,7 +263,7 @@ class _Builder:
         engine.watch.on = options.timed
         hook = make_hook(self.model, self.gates, engine, options, ahead)
         hook.steps = steps
-        return Runner(self.model, hook, steps, graphs=options.graphs)
+        return Runner(self.model, hook, steps, graphs=options.graphs, compiled=options.compiled)
 
 
 def make_hook(
