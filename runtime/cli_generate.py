@@ -61,6 +61,10 @@ _OPTIONS = (
         "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
         show_default=True, help="auto: as stored.",
     ),
+    click.option(
+        "--compiled/--not-compiled", default=None,
+        help="Compile decode steps before they are captured: a minute or more the first time.",
+    ),
     click.option("--pageable", is_flag=True, help="Do not pin host memory: slower copies."),
     click.option(
         "--forecaster",
@@ -178,6 +182,8 @@ def _offloading(options: dict[str, Any], longest: int) -> dict[str, Any]:
         "train", "depth", "seed", "batch",
     )  # fmt: skip
     chosen = {name: options[name] for name in names}
+    if options["compiled"] is not None:
+        chosen["compiled"] = options["compiled"]
     return chosen | {"pin": not options["pageable"], "max_tokens": longest}
 
 

@@ -18,3 +18,12 @@ def warn_uncaptured(why: str) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def warn_uncompiled(why: str) -> None:
+    """Say that decode steps have more kernels than they might have, and *why*, in a few words."""
+    warnings.warn(
+        f"decode steps cannot be compiled ({why}); they run as transformers has them",
+        RuntimeWarning,
+        stacklevel=3,
+    )

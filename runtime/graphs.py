@@ -13,6 +13,7 @@ import torch
 from policies.whole_steps import runs_whole
 from runtime.captured import Counters, tensors
 from runtime.chains import Chain
+from runtime.compiled import CompiledForward
 from runtime.errors import warn_uncaptured
 from runtime.handshake import handshake_for
 from runtime.hook import Hook
@@ -120,6 +121,9 @@ class DecodeGraphs:
         self._captures[key] += 1
         cache = kwargs["past_key_values"]
         make_capturable(cache)
+        if isinstance(self._forward, CompiledForward):
+            # Nothing can be compiled while a graph is captured.
+            self._forward.prepare(kwargs)
         counters = Counters(cache)
         try:
             stream = _capture_stream(self._hook.engine.lanes.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from policies.routing import Routing, Step
+from runtime import expert_op
 from runtime.engine import Engine
 from runtime.families import Gate
 from runtime.lanes import Mark
@@ -30,6 +31,8 @@ _HANDLE = "_expertflow"
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     hook, layer = getattr(module, _HANDLE)
+    if torch.compiler.is_compiling():
+        return expert_op.experts(hidden, index, weights, layer, hook.key)
     result: Tensor = hook.experts(layer, hidden, index, weights)
     return result
 
@@ -153,6 +156,8 @@ class Hook:
     ) -> None:
         self.engine, self.gates, self.reader, self.maths = engine, gates, reader, maths
         self.cpu = CpuExperts(engine.store, gates)
+        #: By which compiled code finds this hook.
+        self.key = expert_op.key_for(self)
         #: Set by whoever runs the step, before the model does.
         self.step: Step | None = None
         self.steps: Steps | None = None
@@ -162,13 +167,22 @@ class Hook:
         self.capturing: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
 
     @contextmanager
-    def without_experts(self) -> Iterator[None]:
-        """Passes inside leave the experts out: nothing is asked, planned or counted."""
-        self.capturing = lambda layer, hidden, index, weights: torch.zeros_like(hidden)
+    def without_experts(self) -> Iterator[list[int]]:
+        """Passes inside leave the experts out: nothing is asked, planned or counted.
+
+        The layers that would have been asked are appended to the list given, as they come.
+        """
+        before, asked = self.capturing, []
+
+        def leave_out(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            asked.append(layer)
+            return torch.zeros_like(hidden)
+
+        self.capturing = leave_out
         try:
-            yield
+            yield asked
         finally:
-            self.capturing = None
+            self.capturing = before
 
     def experts(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the experts of *layer*: [T, H], from [T, H], [T, k], [T, k]."""

@@ -1,4 +1,4 @@
-"""Attention masks worked out before a pass, where a captured pass could not."""
+"""Attention masks and positions worked out before a pass, where a captured pass could not."""
 
 from __future__ import annotations
 
@@ -25,16 +25,21 @@ def masks_are_given(kwargs: dict[str, Any]) -> bool:
 
 
 def with_masks(config: Any, dtype: torch.dtype, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """*kwargs* of a pass with its masks, as ``generate`` makes them, where it needs them.
+    """*kwargs* of a pass with masks and positions, as ``generate`` makes them, where it needs them.
 
-    Eager attention (gpt-oss) makes a tensor on the host for its mask, and a full window's mask
-    depends on a number that the host counts: neither can be part of a captured pass.
+    Eager attention (gpt-oss) makes a tensor on the host for its mask, and the mask of a window
+    and what comes after it depend on a number that the host counts: none of these can be part
+    of a captured pass.
     """
-    cache = kwargs["past_key_values"]
-    needed = config._attn_implementation == "eager" or any(full_windows(cache))
+    cache, ids = kwargs["past_key_values"], kwargs["input_ids"]
+    windows = full_windows(cache)
+    if windows and kwargs.get("position_ids") is None:
+        length = cache.get_seq_length()
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        kwargs = kwargs | {"position_ids": positions + length}
+    needed = config._attn_implementation == "eager" or windows
     if not needed or masks_are_given(kwargs):
         return kwargs
-    ids = kwargs["input_ids"]
     make: Any = create_masks_for_generate
     masks = make(
         config=config,

@@ -54,8 +54,8 @@ class Options:
     (transformers' own *kernel*) or ``auto``: graph on CUDA, reference elsewhere. *max_tokens*
     bounds the key-value cache that *gpu_memory* leaves room for, for each of the *batch*
     sequences of *turns* batches that decode by turns. *graphs* captures decode steps where that
-    can be done. *pin* false keeps the experts in pageable memory. *record* keeps the routing,
-    *timed* the time of every stretch.
+    can be done, *compiled* has ``torch.compile`` make them first. *pin* false keeps the experts
+    in pageable memory. *record* keeps the routing, *timed* the time of every stretch.
     """
 
     slots: int | None = None
@@ -75,6 +75,7 @@ class Options:
     seed: int = 0
     pin: bool = True
     graphs: bool = True
+    compiled: bool = False
     record: bool = False
     timed: bool = False
 
@@ -269,8 +270,10 @@ class _Builder:
         engine.watch.on = options.timed
         hook = make_hook(self.model, self.gates, engine, options, ahead)
         hook.steps = steps
-        whole = options.computes(self.device) == "graph"
-        return Runner(self.model, hook, steps, graphs=options.graphs, whole=whole)
+        return Runner(
+            self.model, hook, steps, graphs=options.graphs, compiled=options.compiled,
+            whole=options.computes(self.device) == "graph",
+        )  # fmt: skip
 
 
 def make_hook(

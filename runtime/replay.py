@@ -13,6 +13,7 @@ from policies.kv_moves import seating_of, waited_s
 from policies.routing import DECODE, Step
 from policies.schedule import Seating
 from policies.session import TraceSession
+from runtime.compiled import compiled_forward
 from runtime.forcing import ForcedRouting
 from runtime.graphs import MOST_SHAPES, decode_graphs
 from runtime.hook import Hook
@@ -44,7 +45,10 @@ class Replay:
         self._forced.__enter__()
         self._device = hook.engine.lanes.device
         whole = options.computes(self._device) == "graph"
-        self._graphs = decode_graphs(hook, model.forward, whole=whole) if options.graphs else None
+        forward = model.forward
+        if options.compiled:
+            forward = compiled_forward(model, hook, forward)
+        self._graphs = decode_graphs(hook, forward, whole=whole) if options.graphs else None
         self._keys = session.batches().decode_shapes()
         self._most = session.shape.prompt_tokens
         longest, self._schedule = session.shape.cache_tokens, session.schedule

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from policies.hindsight import belady_missed
 from policies.routing import DECODE, PREFILL, Step
+from runtime.compiled import compiled_forward
 from runtime.errors import OffloadError, warn_uncaptured
 from runtime.graphs import DecodeGraphs, decode_graphs
 from runtime.holdings import Holdings
@@ -50,11 +51,18 @@ class Runner:
     """
 
     def __init__(
-        self, model: Any, hook: Hook, steps: StepSource, *, graphs: bool, whole: bool = False
+        self,
+        model: Any,
+        hook: Hook,
+        steps: StepSource,
+        *,
+        graphs: bool,
+        whole: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.hook, self.engine, self.steps = hook, hook.engine, steps
         self.plain_forward = _without_owner(model.forward)
-        self.graphs = self._decode_graphs(model, whole) if graphs else None
+        self.graphs = self._decode_graphs(model, whole, compiled) if graphs else None
         self._config, self._dtype = model.config, model.dtype
         self._demand: list[list[list[int]]] = []
         #: The cache of the pass before, which is not to be kept alive.
@@ -75,13 +83,16 @@ class Runner:
         self._holdings = Holdings(self.engine)
         self._free = weakref.finalize(model, self._holdings.free)
 
-    def _decode_graphs(self, model: Any, whole: bool) -> DecodeGraphs | None:
+    def _decode_graphs(self, model: Any, whole: bool, compiled: bool) -> DecodeGraphs | None:
         """Room for captured decode steps, after making *model* ready for them; None if it is not.
 
+        *compiled*: what is captured is the forward as ``torch.compile`` makes it.
         What looks at the length of a sequence is refused here: a capture that the device breaks
         off may leave its random generator unusable.
         """
-        graphs = decode_graphs(self.hook, self.plain_forward, whole=whole)
+        plain = self.plain_forward
+        forward = compiled_forward(model, self.hook, plain) if compiled else plain
+        graphs = decode_graphs(self.hook, forward, whole=whole)
         if graphs is None:
             return None
         why = follows_length(model)

@@ -49,12 +49,18 @@ class ReplaySession(TraceSession):
         pageable: bool = False,
         kernel: str = "generate",
         graphs: bool = True,
+        compiled: bool = False,
         like: ReplaySession | None = None,
     ) -> None:
         super().__init__(setup)
         self.device = pick_device(device)
         self.options = Options(
-            compute=compute, kernel=kernel, graphs=graphs, pin=not pageable, depth=setup.depth
+            compute=compute,
+            kernel=kernel,
+            graphs=graphs,
+            compiled=compiled,
+            pin=not pageable,
+            depth=setup.depth,
         )
         self._borrowed = like is not None
         self.real: ReplayModel | None = None if like is None else like.real
