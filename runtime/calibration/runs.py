@@ -101,6 +101,10 @@ HEAVY = Shape(layers=5, hidden=1536, intermediate=768, tokens=64, experts=64, to
 LARGE = Shape(layers=4, hidden=4096, intermediate=4096, tokens=48, experts=8, top_k=2)
 
 
+#: How runs compute that tell what a chain of graphs costs: see :class:`runtime.offloading.Options`.
+CHAINS = "fused"
+
+
 class _Session(ReplaySession):
     """Runs of a trace that are timed by event and not marked."""
 
@@ -153,10 +157,13 @@ class Runs(NamedTuple):
 
 
 @contextmanager
-def sessions(shape: Shape, batches: Sequence[int], device: str) -> Iterator[dict[int, _Session]]:
+def sessions(
+    shape: Shape, batches: Sequence[int], device: str, compute: str = CHAINS
+) -> Iterator[dict[int, _Session]]:
     """Sessions of one model over its made-up traces, by batch; freed behind.
 
-    Each has as many sequences as its batch, but at least :data:`FEW_SEQUENCES`.
+    Each has as many sequences as its batch, but at least :data:`FEW_SEQUENCES`; *compute* is
+    how they run.
     """
     with tempfile.TemporaryDirectory() as folder:
         found: dict[int, _Session] = {}
@@ -166,7 +173,7 @@ def sessions(shape: Shape, batches: Sequence[int], device: str) -> Iterator[dict
                 path = str(Path(folder) / f"trace-{batch}.parquet")
                 shape.write(Path(path), max(batch, FEW_SEQUENCES))
                 setup = Setup(trace=path, train=path, batch=batch)
-                session = found[batch] = _Session(setup, device, like=first)
+                session = found[batch] = _Session(setup, device, compute=compute, like=first)
                 session.open()
                 first = first or session
             yield found

@@ -133,7 +133,8 @@ def offloaded(
     """The same in the runtime under ``lru``, with a slot for every expert; freed behind."""
     model = tiny_model(family, layers, bench, dims)
     # Whoever meets every expert in the prompt has them all from then on.
-    model = offload(model, policy="lru", cache="100%", device=bench.device.type)
+    compute = "fused" if bench.cuda else "auto"
+    model = offload(model, "lru", cache="100%", device=bench.device.type, compute=compute)
     try:
         yield model
     finally:
