@@ -36,6 +36,8 @@ class Copier:
         self._total = len(store)
         self._queue = MoveQueue()
         self._flying: deque[Copied] = deque()
+        #: Where the bytes of copies lie on the host, once somebody has asked.
+        self._pieces: dict[int, Tensor] = {}
         self._size = store.layout.size_bytes
         low = store.low_layout
         self._low_size = 0 if low is None else low.size_bytes
@@ -123,7 +125,8 @@ class Copier:
 
     def _issue(self, moves: Sequence[Move]) -> None:
         target = self._bank.target
-        pairs = [(target(move.slot), self._from(move)) for move in moves]
+        source = self._from
+        pairs = [(target(move.slot), source(move.copy)) for move in moves]
         begin, end = self._lanes.copy_all(pairs)
         if self.on_issue is not None:
             self.on_issue(moves, end)
@@ -139,11 +142,16 @@ class Copier:
                 self.prefetch_bytes += self.size_of(move)
                 self.prefetches += 1
 
-    def _from(self, move: Move) -> Tensor:
-        """Where the bytes of *move* lie on the host."""
-        if move.copy >= self._total:
-            return self._source[1][move.copy - self._total][: self._low_size]
-        return self._source[0][move.copy][: self._size]
+    def _from(self, copy: int) -> Tensor:
+        """Where the bytes of *copy* lie on the host."""
+        piece = self._pieces.get(copy)
+        if piece is None:
+            if copy >= self._total:
+                piece = self._source[1][copy - self._total][: self._low_size]
+            else:
+                piece = self._source[0][copy][: self._size]
+            self._pieces[copy] = piece
+        return piece
 
     def _landed(self, move: Move) -> None:
         if self.pending.get(move.copy) is move:

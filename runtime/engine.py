@@ -99,9 +99,8 @@ class Engine:
         issued = self.copier.prefetches
         self.events += 1
         self.accesses += len(routing.experts)
-        if plan is NOTHING:
-            needed: Sequence[int] = routing.experts
-        else:
+        needed: Sequence[int] = routing.experts
+        if plan.served or (plan is not NOTHING and self.copier.pending):
             needed = self._used(routing, plan)
         late = self.copier.arriving(needed) if self.copier.pending else []
         self.late += len(late)

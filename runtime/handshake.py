@@ -48,6 +48,10 @@ def entry(slot: int, ticket: int) -> int:
     return ticket << 32 | slot & 0xFFFFFFFF
 
 
+#: The entry of an expert that is in no slot.
+EMPTY = entry(ABSENT, 0)
+
+
 class SharedTable:
     """For every expert, slot and ticket: pinned int64 [layers, experts], written as moves are made.
 
@@ -57,8 +61,7 @@ class SharedTable:
 
     def __init__(self, layers: int, experts: int, slots: int, *, pin: bool) -> None:
         self._total = layers * experts
-        empty = entry(ABSENT, 0)
-        self.entries = torch.full((layers, experts), empty, dtype=torch.int64, pin_memory=pin)
+        self.entries = torch.full((layers, experts), EMPTY, dtype=torch.int64, pin_memory=pin)
         self._now = view_of(self.entries.view(-1))
         self._ticket = [0] * slots
 
@@ -68,9 +71,9 @@ class SharedTable:
         for move in moves:
             tickets[move.slot] = NEVER
             if 0 <= move.victim < total:
-                now[move.victim] = entry(ABSENT, 0)
+                now[move.victim] = EMPTY
             if move.copy < total:
-                now[move.copy] = entry(move.slot, NEVER)
+                now[move.copy] = NEVER << 32 | move.slot
 
     def issued(self, moves: Sequence[Move], ticket: int) -> None:
         """*moves* are on their way as copy number *ticket*."""
@@ -78,7 +81,7 @@ class SharedTable:
         for move in moves:
             tickets[move.slot] = ticket
             if move.copy < total:
-                now[move.copy] = entry(move.slot, ticket)
+                now[move.copy] = ticket << 32 | move.slot
 
     def of_slot(self, slot: int) -> int:
         """The entry of whatever lies in *slot*, or of nothing."""

@@ -216,7 +216,7 @@ class ReplayedSteps:
 def _demand(chosen: Ints, base: int) -> tuple[list[int], list[int]]:
     """Distinct experts of *chosen* [T, k] in ascending order, and the tokens of each."""
     if len(chosen) == 1:
-        demand = sorted((chosen[0] + base).tolist())
+        demand = sorted([base + expert for expert in chosen[0].tolist()])
         return demand, [1] * len(demand)
     tally = np.bincount(chosen.reshape(-1))
     found = tally.nonzero()[0]
