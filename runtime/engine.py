@@ -187,10 +187,13 @@ class Engine:
             self._borrowed.append(expert)
         self.table.flush()
 
-    def after(self, plan: Plan, late: Sequence[int]) -> None:
+    def after(
+        self, plan: Plan, late: Sequence[int], settled: Callable[[], None] | None = None
+    ) -> None:
         """An event's computing has been launched: tidy up, then decide and make its prefetches.
 
-        The device is at work meanwhile: what a policy thinks here nobody waits for.
+        The device is at work meanwhile: what a policy thinks here nobody waits for. *settled* is
+        called once all is decided, before copies are issued.
         """
         self.copier.settle(late)
         for wave in plan.waves:
@@ -204,9 +207,12 @@ class Engine:
             self._raise_blamed(error)
         self.note()
         if moves:
+            self._place(moves)
+        if settled is not None:
+            settled()
+        if moves:
             if len(plan.waves) > 1:
                 self.lanes.copy_after_compute()
-            self._place(moves)
             self.copier.prefetch(moves)
 
     def end(self) -> None:

@@ -222,6 +222,5 @@ def answer(
     engine.note()
     if look is not None:
         look()
-    engine.after(plan, late)
-    shake.settled()
+    engine.after(plan, late, shake.settled)
     return plan, late

@@ -8,7 +8,8 @@ is what :mod:`sim.graphs` and :mod:`sim.whole_steps` say.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 import simpy
@@ -46,6 +47,9 @@ class CapturedSteps(ABC):
         self._untold = untold
         self._planning_cold = graph.planning_cold(world.planner.policy.name)
 
+    #: Prefetches of the event before that may have landed since, though a look-up was earlier.
+    _recent: Mapping[int, Move] = MappingProxyType({})
+
     def layers(self, step: Step, begun: Sequence[Move]) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap.
 
@@ -75,7 +79,7 @@ class CapturedSteps(ABC):
             seconds = None if one else world.seconds(routing, graph.expert_s)
             work = len(experts) * one if seconds is None else sum(seconds.values())
             ideal_s += work
-            quiet = plan is NOTHING and not pending
+            quiet = plan is NOTHING and not pending and not self._recent
             if not quiet or not self._quiet(len(experts), gate, waited, work):
                 self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one), waited)
             self._fetch(routing, moves)

@@ -43,16 +43,24 @@ class WholeSteps(CapturedSteps):
         if begun:
             self._untold.kept(begun)
             self._world.host_free_s += self._publish_s
+        self._recent = {}
         super()._launch_first(begun)
         self._settled_s = self._world.gpu_free_s + self._notice_s
 
     def _fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
         world = self._world
-        world.fetch(routing, moves)
+        world.decide(routing, moves)
         if moves:
             self._untold.kept(moves)
             world.host_free_s += self._publish_s
+        # The table says what is to come before it is issued.
         self._settled_s = world.host_free_s + self._notice_s
+        recent: dict[int, Move] = {}
+        for move in moves:
+            recent.pop(move.victim, None)
+            recent[move.copy] = move
+        self._recent = recent
+        world.issue(moves)
 
     def _quiet(self, experts: int, gate: float, waited: float, work: float) -> bool:
         world = self._world
@@ -90,8 +98,8 @@ class WholeSteps(CapturedSteps):
         world, notice_s = self._world, self._notice_s
         seconds = self._served(routing, plan, seconds)
         # The host may find landed what the GPU, which looked earlier, did not.
-        pending = world.link.pending
-        asked = [pending[copy] for copy in seconds if copy in pending]
+        coming = {**self._recent, **world.link.pending}
+        asked = [coming[copy] for copy in seconds if copy in coming]
         telling_s = self._publish_s if plan.waves or plan.served else 0.0
         planned, _ = self._issue(routing, plan, dict(seconds), waited, (telling_s,))
         world.host_free_s = planned

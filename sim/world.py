@@ -232,10 +232,19 @@ class World:
 
     def fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
         """An event has been launched: the host decides on *moves* for later ones and makes them."""
+        self.decide(routing, moves)
+        self.issue(moves)
+
+    def decide(self, routing: Routing, moves: Sequence[Move]) -> None:
+        """The host decides on *moves* for events later than that of *routing*."""
         event_s, access_s = self._foresee_s
         looking_s = event_s + access_s * len(routing.experts) + self.prefetch_s * len(moves)
-        host = self.host_free_s + looking_s
-        self.host_free_s = self.link.prefetch(moves, host, self.costs.prefetch_issue_s)
+        self.host_free_s += looking_s
+
+    def issue(self, moves: Sequence[Move]) -> None:
+        """The host hands over *moves* for later events."""
+        issue_s = self.costs.prefetch_issue_s
+        self.host_free_s = self.link.prefetch(moves, self.host_free_s, issue_s)
 
     def thinking_s(self, routing: Routing, plan: Plan) -> float:
         """What the host takes to plan an event, from its gate's answer on, in warm caches."""

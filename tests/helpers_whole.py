@@ -87,11 +87,16 @@ class WholeMachine(Machine):
             self.keep(wave)
             yield self.env.timeout(whole.publish_s)
         self.env.process(self.signal(signal.planned, whole.notice_s))
-        moves = yield from self.look_ahead(routing)
+        moves = yield from self.choose(routing)
         if moves:
             self.keep(moves)
             yield self.env.timeout(whole.publish_s)
+        for move in moves:
+            # What is to come is in the table before it is issued.
+            self.table.pop(move.victim, None)
+            self.table.pop(move.copy, None)
         self.env.process(self.signal(signal.settled, whole.notice_s))
+        yield from self.submit(moves, urgent=False)
 
     def signal(self, event: simpy.Event, seconds: float) -> Flow:
         """The other side notices after so many *seconds*."""

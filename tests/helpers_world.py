@@ -225,10 +225,15 @@ class Machine:
 
     def look_ahead(self, routing: Routing) -> Generator[simpy.Event, object, Sequence[Move]]:
         """The host decides on prefetches while the GPU works, and issues them."""
+        moves = yield from self.choose(routing)
+        yield from self.submit(moves, urgent=False)
+        return moves
+
+    def choose(self, routing: Routing) -> Generator[simpy.Event, object, Sequence[Move]]:
+        """The host decides on prefetches."""
         moves = self.planner.prefetch()
         seconds = self.foresee_event_s + self.foresee_access_s * len(routing.experts)
         yield self.env.timeout(seconds + self.prefetch_s * len(moves))
-        yield from self.submit(moves, urgent=False)
         return moves
 
     def after(self, before: simpy.Event, seconds: float) -> Flow:
