@@ -21,6 +21,9 @@ from runtime.lanes import Mark
 from runtime.whole_steps import answer, await_gate
 from tests.helpers_stress import Case, Driver, RacingLanes
 
+#: Rounds in which nothing happens, after which nothing will.
+PATIENCE = 10_000
+
 
 class CountingLanes(RacingLanes):
     """Lanes that number copies as they land, and a device that goes on beside them."""
@@ -60,7 +63,7 @@ class PretendedShake(Handshake):
     lanes: CountingLanes
 
     def await_answer(self, poll: Any) -> None:
-        for _ in range(10_000):
+        for _ in range(PATIENCE):
             if self._words[POSTED] > self.events:
                 return
             self.lanes.go_on()
@@ -112,8 +115,12 @@ class PretendedDriver(Driver):
             plan, late = answer(self.engine, self.shake, routing, serves=self.case.serves)
             self.note(plan, late)
             plans.append((routing, plan))
-        while next(self.lanes.device_step, "over") is None:
+        for _ in range(PATIENCE):
+            if next(self.lanes.device_step, "over") == "over":
+                break
             self.lanes.go_on()
+        else:
+            raise AssertionError("the device waits for the host, which is done")
         for (routing, plan), inputs, out in zip(plans, given, outs, strict=True):
             self.expect(routing, plan, inputs, out)
 
