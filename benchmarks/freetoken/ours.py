@@ -39,6 +39,9 @@ def _offloaded(task: Task, cell: Cell, kept: KeptStore) -> Iterator[Any]:
         batch=cell.batch,
         max_tokens=task.prompt + cell.steps + 1,
         device=task.device,
+        # Whole steps, compiled: what can be had at most, where there is a GPU.
+        compute="graph" if task.device == "cuda" else "auto",
+        compiled=task.device == "cuda",
         forecaster=forecaster,
         hardware=task.hardware,
     )

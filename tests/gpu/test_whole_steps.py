@@ -66,7 +66,7 @@ def test_it_computes_what_chains_compute(family, dtype):
 
 def decoding(policy="lru", slots=9):
     """A model in mid-sequence whose next step is one graph, and the arguments of that step."""
-    model = offload(tiny_model("mixtral"), policy, slots=slots, device="cuda")
+    model = offload(tiny_model("mixtral"), policy, slots=slots, device="cuda", compute="graph")
     cache = StaticCache(config=model.config, max_cache_len=32)
     ids = torch.tensor([[5, 9, 33, 12]], device="cuda")
     with torch.no_grad():
