@@ -10,11 +10,13 @@ torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 pytest.importorskip("triton", reason="triton is not installed")
 
+from torch.nn import functional as F  # noqa: E402
 from transformers import StaticCache  # noqa: E402
 
 from runtime import handshake, offload  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
 from runtime.families import FAMILIES, find_gates  # noqa: E402
+from runtime.kernels.rank import best_experts  # noqa: E402
 from runtime.whole_steps import WholeStep  # noqa: E402
 from tests.gpu.stress import stress  # noqa: E402
 from tests.gpu.test_runtime import delayed, logits_of  # noqa: E402
@@ -77,6 +79,25 @@ def decoding(policy="lru", slots=9):
             model(**kwargs, position_ids=place)
     assert all(isinstance(step, WholeStep) for step in steps_of(model))
     return model, {**kwargs, "position_ids": torch.tensor([[7]], device="cuda")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [8, 60, 128, 160])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_best_experts_are_those_of_a_sort(experts, dtype, bias):
+    draw = torch.Generator("cuda").manual_seed(experts)
+    width = min(16, experts)
+    for tokens, size in ((1, 2048), (3, 96), (32, 2880), (65, 512)):
+        hidden = torch.randn(tokens, size, device="cuda", dtype=dtype, generator=draw)
+        weight = torch.randn(experts, size, device="cuda", dtype=dtype, generator=draw)
+        more = torch.randn(experts, device="cuda", dtype=dtype, generator=draw) if bias else None
+        scores = F.linear(hidden.double(), weight.double(), None if more is None else more.double())
+        best = best_experts(hidden, weight, more, width)
+        assert all(len(set(row)) == width for row in best.tolist())
+        # Sums in another order may change places where two scores are all but equal.
+        found, sorted_ = scores.gather(1, best), scores.topk(width, dim=1).values
+        near = 1e-4 if dtype == torch.float32 or tokens <= 64 else 0.05
+        assert float((found - sorted_).abs().max()) < near * size**0.5
 
 
 def free_again() -> bool:
