@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 
-from runtime.kernels.rank import best_experts
+from runtime.kernels.rank import best_experts  # noqa: E402
 
 
 @pytest.mark.parametrize("bias", [False, True])
