@@ -42,28 +42,42 @@ def steps_of(model) -> list[object]:
     return list(model.expert_cache.runner.graphs.chains)
 
 
+def written(family, dtype, policy, slots, compute) -> tuple[list[torch.Tensor], dict[str, object]]:
+    """Logits of two texts, late copies notwithstanding, and what the run counted."""
+    model = offload(
+        tiny_model(family, dtype=dtype), policy, slots=slots, device="cuda", compute=compute
+    )
+    delayed(model, slots)
+    logits = [*logits_of(model, "static"), *logits_of(model, "static")]
+    if compute == "graph":
+        assert all(isinstance(step, WholeStep) for step in steps_of(model))
+    stats = model.expert_cache.stats()
+    model.expert_cache.close()
+    return logits, stats
+
+
+def compare(family, dtype, policy, slots) -> None:
+    chained, counted = written(family, dtype, policy, slots, "fused")
+    whole, found = written(family, dtype, policy, slots, "graph")
+    assert found["decisions_sha256"] == counted["decisions_sha256"]
+    assert found["bytes"]["demand"] == counted["bytes"]["demand"]
+    for ours, theirs in zip(whole, chained, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_what_chains_compute(family, dtype):
     """The same kernels on the same slots: not one bit differs, however late the copies are."""
     count = len(find_gates(tiny_model(family))) * 8
     for slots, policy in ((8, "lru"), (count // 2 + 1, "predictive"), (count, "lfu")):
-        found = []
-        for compute in ("fused", "graph"):
-            model = offload(
-                tiny_model(family, dtype=dtype), policy, slots=slots, device="cuda",
-                compute=compute,
-            )  # fmt: skip
-            delayed(model, slots)
-            found.append([*logits_of(model, "static"), *logits_of(model, "static")])
-            if compute == "graph":
-                assert all(isinstance(step, WholeStep) for step in steps_of(model))
-            stats = model.expert_cache.stats()
-            model.expert_cache.close()
-            found[-1].append(stats["decisions_sha256"])
-        assert found[0].pop() == found[1].pop()
-        for chained, whole in zip(*found, strict=True):
-            assert torch.equal(chained, whole)
+        compare(family, dtype, policy, slots)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_gates_that_wait_for_their_own_plan(family):
+    """``mixed`` says of held experts too where they are read, and asks for gate weights."""
+    compare(family, torch.bfloat16, "mixed", len(find_gates(tiny_model(family))) * 8)
 
 
 def decoding(policy="lru", slots=9):
