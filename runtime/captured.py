@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor
@@ -57,8 +58,8 @@ class Captured:
         """
         if not counted:
             _advance(cache)
-        output = type(self.output)(**dict(self.output))
-        output["logits"] = output.logits.clone()
+        output = _twin(self.output)
+        output["logits"] = self.output.logits.clone()
         output["past_key_values"] = cache
         return output
 
@@ -77,6 +78,15 @@ def _advance(cache: Any) -> None:
     for layer in getattr(cache, "layers", []):
         if hasattr(layer, "cumulative_length_int"):
             layer.cumulative_length_int += 1
+
+
+def _twin(output: Any) -> Any:
+    """A second output with the entries of *output*, without what making one of its class checks."""
+    kind: Any = type(output)
+    twin = kind.__new__(kind)
+    OrderedDict.update(twin, output)
+    vars(twin).update(vars(output))
+    return twin
 
 
 def _cloned(value: Any) -> Any:

@@ -55,6 +55,8 @@ class DecodeGraphs:
         self._captures: Counter[Any] = Counter()
         self._most = MOST_CHAINS
         self._broken = False
+        #: The key of what :meth:`suits` was asked of.
+        self._asked: Any = None
         #: Chains captured since the start, those of caches that are gone included.
         self.captured = 0
 
@@ -68,7 +70,7 @@ class DecodeGraphs:
             return False
         if any(full_windows(cache)) and not masks_are_given(kwargs):
             return False
-        key = _key(kwargs)
+        self._asked = key = _key(kwargs)
         if key in self._met:
             return key in self._chains or self._captures[key] < MOST_CAPTURES
         self._met.add(key)
@@ -97,8 +99,8 @@ class DecodeGraphs:
             chain.replay_blind()
 
     def run(self, kwargs: dict[str, Any]) -> Any:
-        """One decode step, captured now or replayed."""
-        key = _key(kwargs)
+        """One decode step, captured now or replayed; :meth:`suits` has been asked of *kwargs*."""
+        key = self._asked
         chain = self._chains.pop(key, None)
         captured = chain is None
         if chain is None:

@@ -43,7 +43,7 @@ class LiveStep(Step):
 
     def __init__(self, number: int, phase: str, tokens: Any, mask: npt.NDArray[np.bool_]) -> None:
         """*tokens* int [B, S] on any device, those of the step where *mask* [B, S] is true."""
-        super().__init__(number, phase, int(mask.sum()))
+        super().__init__(number, phase, int(np.count_nonzero(mask)))
         self._tokens, self._mask = tokens, mask
 
     @property
@@ -85,6 +85,8 @@ class LiveSteps:
         are new ones. Padding demands nothing.
         """
         batch = len(tokens)
+        if not fresh and real is None and tokens.shape[1] == 1 and len(self._ids) == batch:
+            return self._next_tokens(tokens)
         if fresh or len(self._ids) != batch:
             self._ids = np.arange(self._next_sequence, self._next_sequence + batch)
             self._next_sequence += batch
@@ -103,6 +105,24 @@ class LiveSteps:
         )
         self._positions = self._positions + counts
         step.kv_tokens = int((step.positions + 1).sum())
+        return self._empty(step)
+
+    def _next_tokens(self, tokens: Any) -> Step:
+        """The step that runs one more token of every sequence: what most steps are."""
+        batch, positions = len(tokens), self._positions
+        step = LiveStep(self._number, DECODE, tokens, np.ones((batch, 1), dtype=bool))
+        if self._kept is not None:
+            step.token_ids = step.token_ids
+        self._number += 1
+        self._real = None
+        # Neither is ever written to.
+        step.sequence_ids, step.positions = self._ids, positions
+        step.kv_tokens = int(positions.sum()) + batch
+        self._positions = positions + 1
+        return self._empty(step)
+
+    def _empty(self, step: Step) -> Step:
+        """*step* with room for what its gates will choose."""
         step._experts = np.zeros((step.size, self._layers, self._k), dtype=np.int16)
         step._counts = []
         return step

@@ -101,3 +101,21 @@ def test_a_cache_that_is_gone_is_forgotten(made: DecodeGraphs) -> None:
     del cache
     assert not made.chains
     assert not made._captures
+
+
+def test_a_second_output_has_what_the_first_has() -> None:
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    from runtime.captured import _twin
+
+    first = MoeCausalLMOutputWithPast(logits=torch.ones(2), past_key_values="kept")
+    twin = _twin(first)
+    assert type(twin) is type(first)
+    assert list(twin.items()) == list(first.items())
+    assert twin.to_tuple() == first.to_tuple()
+    twin["logits"] = torch.zeros(2)
+    twin["past_key_values"] = None
+    assert bool(first.logits.all())
+    assert not bool(twin.logits.any())
+    assert twin.loss is None
+    assert first["past_key_values"] == "kept"
