@@ -36,8 +36,8 @@ class Copier:
         self._total = len(store)
         self._queue = MoveQueue()
         self._flying: deque[Copied] = deque()
-        #: Where the bytes of copies lie on the host, once somebody has asked.
-        self._pieces: dict[int, Tensor] = {}
+        #: Where the bytes of copies lie on the host, once somebody has asked. They keep the store.
+        self.pieces: dict[int, Tensor] = {}
         self._size = store.layout.size_bytes
         low = store.low_layout
         self._low_size = 0 if low is None else low.size_bytes
@@ -144,13 +144,13 @@ class Copier:
 
     def _from(self, copy: int) -> Tensor:
         """Where the bytes of *copy* lie on the host."""
-        piece = self._pieces.get(copy)
+        piece = self.pieces.get(copy)
         if piece is None:
             if copy >= self._total:
                 piece = self._source[1][copy - self._total][: self._low_size]
             else:
                 piece = self._source[0][copy][: self._size]
-            self._pieces[copy] = piece
+            self.pieces[copy] = piece
         return piece
 
     def _landed(self, move: Move) -> None:

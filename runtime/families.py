@@ -25,6 +25,11 @@ def _by_logit(router: Any, logits: Tensor) -> Tensor:
     return logits
 
 
+def _mixed_by_logit(router: Any, logits: Tensor) -> Tensor:
+    """As logits rank, too, but a choice's second weight can be larger than its first."""
+    return logits
+
+
 def _best_groups_first(scores: Tensor, router: Any, per_group: int) -> Tensor:
     """Put every expert outside the gate's best groups below all experts inside them.
 
@@ -70,7 +75,7 @@ FAMILIES = {
     "gpt_oss": Family("mlp", "router", _by_logit),
     "granitemoe": Family("block_sparse_moe", "router", _by_logit),
     # Its sparse mixer takes the best logit twice, so that its two choices are the best two.
-    "phimoe": Family("mlp", "router", _by_logit),
+    "phimoe": Family("mlp", "router", _mixed_by_logit),
     "glm4_moe": Family("mlp", "gate", _deepseek_v3),
 }
 

@@ -20,6 +20,7 @@ class Holdings:
     def __init__(self, engine: Engine) -> None:
         self._lanes = engine.lanes
         self._bank, self._table, self._store = engine.bank, engine.table, engine.store
+        self._pieces = engine.copier.pieces
 
     def finish(self) -> None:
         """Wait until the device reads and writes none of it, even if the device is broken."""
@@ -31,6 +32,7 @@ class Holdings:
         self.finish()
         self._bank.free()
         self._table.free()
+        self._pieces.clear()
         self._store.close()
         if self._lanes.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -61,8 +61,7 @@ class World:
             depth,
         )
         self.observer = Observer(self, recording) if recording is not None else None
-        #: What policy and planner take per event, distinct expert, demanded and prefetched move;
-        #: the last when the event has been launched, as what it takes to look ahead.
+        #: Host seconds per event, distinct expert, demanded move, and move that is foreseen.
         self.event_s = costs.event_s(planner.policy.name)
         self.access_s = costs.access_s(planner.policy.name)
         self.miss_s = costs.miss_s(planner.policy.name)
@@ -196,7 +195,8 @@ class World:
                     self.observer.span("GPU", "experts", start, start + work)
             else:
                 self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
-            self.fetch(routing, moves)
+            self.decide(routing, moves)
+            self.issue(moves)
             if self.observer is not None:
                 self.observer.event(routing, plan, (gate - attention, gate))
         self.events += len(step.demand)
@@ -230,21 +230,15 @@ class World:
         self.host_free_s, now = self.waves(routing, plan, gate, seconds)
         self.gpu_free_s = self.await_cpu(now)
 
-    def fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
-        """An event has been launched: the host decides on *moves* for later ones and makes them."""
-        self.decide(routing, moves)
-        self.issue(moves)
-
     def decide(self, routing: Routing, moves: Sequence[Move]) -> None:
-        """The host decides on *moves* for events later than that of *routing*."""
+        """An event has been launched: the host decides on *moves* for later ones."""
         event_s, access_s = self._foresee_s
         looking_s = event_s + access_s * len(routing.experts) + self.prefetch_s * len(moves)
         self.host_free_s += looking_s
 
     def issue(self, moves: Sequence[Move]) -> None:
         """The host hands over *moves* for later events."""
-        issue_s = self.costs.prefetch_issue_s
-        self.host_free_s = self.link.prefetch(moves, self.host_free_s, issue_s)
+        self.host_free_s = self.link.prefetch(moves, self.host_free_s, self.costs.prefetch_issue_s)
 
     def thinking_s(self, routing: Routing, plan: Plan) -> float:
         """What the host takes to plan an event, from its gate's answer on, in warm caches."""

@@ -139,8 +139,7 @@ def first_kernel(
     OUT: tl.constexpr = 2 * INNER if GATED else INNER
     ROWS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     # A pair that waits for its own expert does not wait for the kernel that finds all others.
-    ALONE: tl.constexpr = WAIT and CHUNK == 0
-    _await(OVERLAP and not ALONE)
+    _await(OVERLAP and not (WAIT and CHUNK == 0))
     slot, pairs = item_of(index, table, slots, members, only, CHUNK > 0, CHUNK, M, WAIT)
     if slot >= 0:
         n0 = tl.program_id(1) * BLOCK_N
@@ -184,7 +183,7 @@ def first_kernel(
                     BLOCK_N, M,
                 )  # fmt: skip
                 tl.store(to, value.to(inner.dtype.element_ty), mask=to_mask)
-    _await(OVERLAP and ALONE)
+    _await(OVERLAP and WAIT and CHUNK == 0)
 
 
 @triton.jit

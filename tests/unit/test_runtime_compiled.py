@@ -288,7 +288,7 @@ def test_it_is_ready_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> N
     """Under ``offload(compiled=True)``, and where the shapes are known beforehand."""
     given: list[Any] = []
     monkeypatch.setattr(
-        runtime.runner, "decode_graphs", lambda hook, forward: given.append(forward)
+        runtime.runner, "decode_graphs", lambda hook, forward, whole: given.append(forward)
     )
     for wanted in (False, True):
         offload(tiny_model("olmoe", layers=1), slots=6, device="cpu", compiled=wanted)

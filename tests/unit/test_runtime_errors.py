@@ -199,7 +199,10 @@ OPTIONS = {
     "no share": ({"slots": None, "cache": "lots"}, "--cache lots: expected a share"),
     "too little memory": ({"slots": None, "gpu_memory": "1KiB"}, "expected at least"),
     "unknown option": ({"slot": 3}, "unknown option 'slot', expected slots,"),
-    "unknown compute": ({"compute": "fast"}, "compute is 'fast', expected one of auto, fused"),
+    "unknown compute": (
+        {"compute": "fast"},
+        "compute is 'fast', expected one of auto, graph, fused",
+    ),
     "unknown kernel": ({"kernel": "mine"}, "kernel is 'mine', expected one of generate"),
     "no depth": ({"depth": 0}, "depth is 0, expected at least 1"),
     "no batch": ({"batch": 0}, "batch is 0, expected at least 1"),

@@ -100,7 +100,7 @@ def test_the_length_does_matter_to_longrope():
 
 def test_an_offloaded_model_is_made_ready_or_says_why_not(monkeypatch):
     room = object()
-    monkeypatch.setattr(runtime.runner, "decode_graphs", lambda hook, forward: room)
+    monkeypatch.setattr(runtime.runner, "decode_graphs", lambda hook, forward, whole: room)
     ready = offload(tiny_model("phimoe"), slots=5, device="cpu")
     assert ready.expert_cache.runner.graphs is room
     config = ready.config
