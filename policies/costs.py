@@ -5,6 +5,7 @@ from __future__ import annotations
 from policies.base import Context
 from policies.graph_costs import GraphCosts
 from policies.hardware import HardwareProfile
+from policies.routing import DECODE, PREFILL
 from policies.whole_costs import WholeCosts
 from traces.model import ModelSpec
 
@@ -33,12 +34,18 @@ class Costs:
         self.full_bytes = model.expert_bytes
         self.low_bytes = model.expert_bytes_at(low_bits)
         self.issue_gate_s = software.attention_kernels * host.kernel_launch_s
-        kernels = [profile.group_kernels(count) for count in range(model.experts + 1)]
-        #: Least GPU seconds of, and host seconds to launch, a group of so many experts.
-        self.group_s = [(n * profile.gpu.kernel_min_s, n * host.kernel_launch_s) for n in kernels]
-        #: The same for one expert that is computed alone when its copy has landed.
-        self.issue_alone_s = profile.expert.kernels * host.kernel_launch_s
-        self.least_alone_s = profile.expert.kernels * profile.gpu.kernel_min_s
+        #: Least GPU seconds of, and host seconds to launch, a group of so many experts that are
+        #: computed together: held ones, or some that landed one after the other. By phase.
+        self.group_s = {
+            phase: [
+                (n * profile.gpu.kernel_min_s, n * host.kernel_launch_s)
+                for n in (
+                    profile.group_kernels(count, prompt=phase == PREFILL)
+                    for count in range(model.experts + 1)
+                )
+            ]
+            for phase in (PREFILL, DECODE)
+        }
         self.sync_s = host.gate_sync_s
         #: Policy and planner per event and access: of the policy that needs least, for bounds.
         self.least_event_s = min((host.event_s, *host.policy_event_s.values()))
@@ -164,6 +171,6 @@ class Costs:
             work = self.graph.launch_s + count * self.graph.expert_s(1)
         else:
             gate = max(self.attention_s(1, 1), self.issue_gate_s)
-            work = max(count * self.expert_s(1), *self.group_s[count])
+            work = max(count * self.expert_s(1), *self.group_s[DECODE][count])
         thinking = self.event_s(policy) + count * self.access_s(policy)
         return gate + self.sync_s + thinking + work

@@ -121,6 +121,8 @@ class Software:
 
     *attention_kernels* come before the gate's answer is known; then *expert_kernels_fixed* for
     every group of experts computed together, and *expert_kernels_each* for each of the group.
+    For a prompt a group takes *prompt_kernels*, if that is given: experts of many tokens are
+    computed in another way.
 
     Where decode steps are captured graphs: *layer_floor_s*, by model family, are the GPU
     seconds of one layer for one token if its weights took no time to read (``any``: families
@@ -142,6 +144,7 @@ class Software:
     kv_token_s: Mapping[str, float] = _by_name()
     several_floor_s: Mapping[str, float] = _by_name()
     policy_layer_s: Mapping[str, float] = _by_name()
+    prompt_kernels: int = field(default=0, metadata={"least": 0})
 
 
 @dataclass(frozen=True)
@@ -274,8 +277,13 @@ class HardwareProfile:
         loads = (self.expert_roofline_s(expert_bytes, flops_per_token, n) for n in tokens)
         return max(kernels * self.gpu.kernel_min_s, sum(loads))
 
-    def group_kernels(self, experts: int) -> int:
-        """Kernels that the software launches for a group of *experts* computed together."""
+    def group_kernels(self, experts: int, *, prompt: bool = False) -> int:
+        """Kernels that the software launches for a group of *experts* computed together.
+
+        For a *prompt* their number may be another, and does not depend on the experts.
+        """
+        if prompt and self.software.prompt_kernels:
+            return self.software.prompt_kernels
         return self.software.expert_kernels_fixed + experts * self.software.expert_kernels_each
 
     def cpu_expert_s(self, expert_bytes: float, flops_per_token: float, tokens: int) -> float:

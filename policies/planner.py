@@ -247,10 +247,10 @@ class Planner:
         return loads, served, truly
 
     def _note_low(self, services: Iterable[Service | Substitute], loads: Sequence[int]) -> None:
-        """What is held computes together, what is loaded one by one as it lands."""
+        """What is held computes together, what is loaded in groups as it lands: all, at most."""
         low = sum(service is Service.LOW for service in services)
-        held = low - sum(map(self.context.is_low, loads))
-        self.low_together = max(self.low_together, held, min(low, 1))
+        loaded = sum(map(self.context.is_low, loads))
+        self.low_together = max(self.low_together, low - loaded, loaded)
 
     def _checked(self, expert: int, service: object) -> int:
         """The code of *service*, which may be one for *expert*."""

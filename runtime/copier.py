@@ -94,7 +94,10 @@ class Copier:
             self._issue((move,))
 
     def arriving(self, copies: Sequence[int]) -> list[int]:
-        """Those of *copies* whose prefetch has not landed; queued ones overtake the others."""
+        """Those of *copies* whose prefetch has not landed, in the order in which they will.
+
+        Queued ones overtake the others.
+        """
         if not self.pending:
             return []
         self.poll()
@@ -105,13 +108,17 @@ class Copier:
                 if self._queue.take(move):
                     self._issue((move,))
                 late.append(copy)
+        if len(late) > 1:
+            # They were noted when they were issued, and land in that order.
+            wanted = set(late)
+            late = [copy for copy in self._marks if copy in wanted]
         return late
 
-    def wait(self, copy: int) -> None:
-        """Let the computing lane wait until *copy* has landed."""
-        mark = self._marks.get(copy)
-        if mark is not None:
-            self._lanes.compute_after(mark)
+    def wait(self, *copies: int) -> None:
+        """Let the computing lane wait until *copies* have landed, once for each mark."""
+        for mark in dict.fromkeys(map(self._marks.get, copies)):
+            if mark is not None:
+                self._lanes.compute_after(mark)
 
     def settle(self, copies: Iterable[int]) -> None:
         """Nobody needs to wait for *copies* any more."""
@@ -121,7 +128,11 @@ class Copier:
 
     def size_of(self, move: Move) -> int:
         """Bytes that *move* carries."""
-        return self._low_size if move.copy >= self._total else self._size
+        return self.bytes_of(move.copy)
+
+    def bytes_of(self, copy: int) -> int:
+        """Bytes of *copy*."""
+        return self._low_size if copy >= self._total else self._size
 
     def _issue(self, moves: Sequence[Move]) -> None:
         target = self._bank.target

@@ -10,18 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from policies.base import Service, Substitute
+from policies.landing import cut
 from policies.moves import Move
 from policies.planner import NOTHING, Plan, Planner, blame
 from policies.routing import Routing, Step
+from runtime.arrivals import Arrivals, Compute
 from runtime.bank import ABSENT, ExpertTable, SlotBank
 from runtime.copier import Copier
 from runtime.eventclock import EventClock
 from runtime.lanes import Lanes
 from runtime.stopwatch import Stopwatch
 from runtime.store import HostStore
-
-#: Compute what the table holds of the event's demand (-1), or the expert in one slot.
-Compute = Callable[[int], None]
 
 #: Compute these experts of the event on the CPU and add what comes out.
 OnCpu = Callable[[Sequence[int]], None]
@@ -44,7 +43,9 @@ class Engine:
         self.copier = Copier(store, bank, lanes, depth)
         self.watch = Stopwatch(lanes)
         self.events = self.accesses = self.late = self.steps = 0
-        self._total = context.total
+        #: Experts of all layers: a copy's number, less this if it is at low precision, is its
+        #: expert's.
+        self.total = context.total
         self._borrowed: list[int] = []
         #: Where every copy lies, moves of later waves not yet made: the ledger is ahead of it.
         self._slot: dict[int, int] = {}
@@ -105,7 +106,7 @@ class Engine:
         late = self.copier.arriving(needed) if self.copier.pending else []
         self.late += len(late)
         if plan.waves:
-            self._demand(plan.waves[0], together=together and plan.whole)
+            self._demand_first(plan.waves[0], together=together and plan.whole)
         if self.clock is not None:
             self.clock.late.append(len(late))
             self.clock.issued.append(self.copier.prefetches - issued)
@@ -132,53 +133,32 @@ class Engine:
     def in_groups(
         self, routing: Routing, plan: Plan, late: Sequence[int], compute: Compute, cpu: OnCpu
     ) -> None:
-        """Compute held experts first, then the others one by one as they land, wave by wave."""
+        """Compute held experts first, then the others in groups as they land, wave by wave.
+
+        What makes a group is decided in :mod:`policies.landing`.
+        """
         if plan is NOTHING and not late:
             self.table.flush()
             self.watch.split("host")
             compute(-1)
             self.watch.split("experts")
             return
-        waves = plan.waves or [()]
-        arriving = [*late, *(move.copy for move in waves[0])]
-        self._compute_held(routing, arriving, compute)
-        self._compute_landing(arriving, len(late), compute)
-        for wave in waves[1:]:
-            # The slots of this wave are still being read by the one before.
-            self.lanes.copy_after_compute()
-            self._return_borrowed()
-            self._demand(wave)
-            self._compute_landing([move.copy for move in wave], 0, compute)
+        first, *further = plan.waves or [()]
+        demanded = [move.copy for move in first]
+        # Its entries are shown call by call; in the end the table says what it should.
+        self._borrowed += routing.experts
+        arrivals = Arrivals(self, routing.experts, compute, waves=bool(further))
+        arrivals.held([*late, *demanded])
+        arrivals.land(late, "stall_late")
+        arrivals.land(demanded, "stall_demand")
+        for wave in further:
+            arrivals.make(wave)
+            arrivals.land([move.copy for move in wave], "stall_demand")
+        arrivals.close()
         on_cpu = [e for e, s in (plan.served or {}).items() if s is Service.CPU]
         if on_cpu:
             cpu(on_cpu)
             self.watch.split("idle")
-
-    def _compute_held(self, routing: Routing, arriving: Sequence[int], compute: Compute) -> None:
-        """Everything of the demand that is there, leaving out what is on its way."""
-        slots = {self._slot[copy] for copy in arriving}
-        table = self.table
-        now = {expert: table.slot(expert) for expert in routing.experts}
-        coming = {expert: slot for expert, slot in now.items() if slot in slots}
-        if any(slot != ABSENT and slot not in slots for slot in now.values()):
-            for expert in coming:
-                table.set(expert, ABSENT)
-            table.flush()
-            self.watch.split("host")
-            compute(-1)
-            self.watch.split("experts")
-        for expert, slot in coming.items():
-            table.set(expert, slot)
-
-    def _compute_landing(self, copies: Sequence[int], late: int, compute: Compute) -> None:
-        """Each of *copies* as it lands; the first *late* of them are prefetches."""
-        self.table.flush()
-        for i, copy in enumerate(copies):
-            self.watch.split("host")
-            self.copier.wait(copy)
-            self.watch.split("stall_late" if i < late else "stall_demand")
-            compute(self._slot[copy])
-            self.watch.split("experts")
 
     def hide(self, routing: Routing) -> None:
         """All of this event has been computed: until :meth:`after`, the table holds none."""
@@ -219,9 +199,19 @@ class Engine:
         """The step's last event has been launched."""
         self.steps += 1
 
-    def _demand(self, wave: Sequence[Move], *, together: bool = False) -> None:
-        self._place(wave)
-        self.copier.demand(wave, together=together)
+    def demand(self, moves: Sequence[Move]) -> None:
+        """Make missed experts' *moves*, whose slots are free of readers; they land together."""
+        self._place(moves)
+        self.copier.demand(moves, together=True)
+
+    def slot_of(self, copy: int) -> int:
+        """The slot of *copy*, which is there or on its way."""
+        return self._slot[copy]
+
+    def _demand_first(self, wave: Sequence[Move], *, together: bool) -> None:
+        """Make the moves of an event's first wave, in the groups in which they are computed."""
+        for group in [wave] if together else cut(wave, self.copier.size_of):
+            self.demand(group)
 
     def _place(self, moves: Sequence[Move]) -> None:
         """Note who is read from where once *moves* have been made."""
@@ -230,22 +220,17 @@ class Engine:
         for move in moves:
             self._slot.pop(move.victim, None)
             self._slot[move.copy] = move.slot
-            if 0 <= move.victim < self._total:
+            if 0 <= move.victim < self.total:
                 self.table.set(move.victim, ABSENT)
-            if move.copy < self._total:
+            if move.copy < self.total:
                 self.table.set(move.copy, move.slot)
             elif move.demand:
-                self._borrow(move.copy - self._total, move.slot)
+                self._borrow(move.copy - self.total, move.slot)
 
     def _borrow(self, expert: int, slot: int) -> None:
         """For this event alone *expert* is read from *slot*."""
         self.table.set(expert, slot)
         self._borrowed.append(expert)
-
-    def _return_borrowed(self) -> None:
-        """What was read from another's slot is computed: that slot may now take a new copy."""
-        for expert in self._borrowed:
-            self.table.set(expert, ABSENT)
 
     def _used(self, routing: Routing, plan: Plan) -> list[int]:
         """The copies that an event reads on the device, other than those it loads."""

@@ -71,6 +71,10 @@ class Lanes(ABC):
         """Let the computing lane wait for *mark* of the copy lane."""
 
     @abstractmethod
+    def copy_after(self, mark: Mark) -> None:
+        """Let the copy lane wait for *mark* of the computing lane."""
+
+    @abstractmethod
     def copy_after_compute(self) -> None:
         """Let the copy lane wait for all that was given to the computing lane so far."""
 
@@ -184,6 +188,9 @@ class CudaLanes(Lanes):
     def compute_after(self, mark: Mark) -> None:
         self._compute.wait_event(mark.event)
 
+    def copy_after(self, mark: Mark) -> None:
+        self._copies.wait_event(mark.event)
+
     def copy_after_compute(self) -> None:
         self._copies.wait_stream(self._compute)
 
@@ -244,6 +251,9 @@ class HostLanes(Lanes):
     def compute_after(self, mark: Mark) -> None:
         while mark.event:
             self._land()
+
+    def copy_after(self, mark: Mark) -> None:
+        pass
 
     def copy_after_compute(self) -> None:
         pass

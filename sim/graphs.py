@@ -42,8 +42,7 @@ class GraphSteps(CapturedSteps):
     def _fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
         if moves:
             self._untold.fetched(moves)
-        self._world.decide(routing, moves)
-        self._world.issue(moves)
+        self._world.fetch(routing, moves)
 
     def _quiet(self, experts: int, gate: float, waited: float, work: float) -> bool:
         if self._untold.count:

@@ -52,17 +52,20 @@ class Link:
         """Moves waiting in the software queue."""
         return len(self._queue)
 
-    def demand(self, moves: Sequence[Move], now_s: float, issue_s: float) -> float:
+    def demand(
+        self, moves: Sequence[Move], now_s: float, issue_s: float, free_s: float = 0.0
+    ) -> float:
         """Issue missed experts at once, one after the other from *now_s* on.
 
         The queue lets them overtake, and their event waits for them, so their landing times
-        are final. Each takes the host *issue_s*; returns when it is free again.
+        are final. Their slots are read until *free_s*; what is issued behind them waits, too.
+        Each takes the host *issue_s*; returns when it is free again.
         """
         for move in moves:
             if self.pending:
                 self.advance(now_s)
                 self._drop(move.victim)
-            self._issue(move, now_s)
+            self._issue(move, now_s if now_s > free_s else free_s)
             now_s += issue_s
         return now_s
 

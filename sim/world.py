@@ -24,6 +24,7 @@ from policies.recording import Recording
 from policies.result import CAUSES
 from policies.routing import DECODE, Routing, Step
 from policies.whole_steps import runs_whole
+from sim.arrivals import Arrival, Arrivals
 from sim.captured import CapturedSteps
 from sim.following import Following
 from sim.graphs import GraphSteps
@@ -53,13 +54,7 @@ class World:
         self.env = simpy.Environment()
         self.planner = planner
         self.costs = costs
-        total = planner.context.total
-        self.link = Link(
-            lambda copy: costs.low_bytes if copy >= total else costs.full_bytes,
-            costs.queued_copy_s,
-            costs.idle_copy_s,
-            depth,
-        )
+        self.link = Link(self._copy_bytes, costs.queued_copy_s, costs.idle_copy_s, depth)
         self.observer = Observer(self, recording) if recording is not None else None
         #: Host seconds per event, distinct expert, demanded move, and move that is foreseen.
         self.event_s = costs.event_s(planner.policy.name)
@@ -68,8 +63,7 @@ class World:
         self.move_s = costs.move_s(planner.policy.name)
         self.prefetch_s = costs.prefetch_s(planner.policy.name)
         self._foresee_s = costs.foresee_s(planner.policy.name)
-        self._wake_s = costs.wake_s
-        untold = UntoldChanges(total)
+        untold = UntoldChanges(planner.context.total)
         self._graphs = GraphSteps(self, costs.graph, untold) if costs.graph is not None else None
         self._whole = WholeSteps(self, costs.whole, untold) if costs.whole is not None else None
         self.following = Following(self)
@@ -162,7 +156,8 @@ class World:
     def _layers(self, step: Step) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap."""
         env, costs, pending, planner = self.env, self.costs, self.link.pending, self.planner
-        attention, group_s, thinking = self._attention(step), costs.group_s, self.event_s
+        attention, thinking = self._attention(step), self.event_s
+        group_s = costs.group_s[step.phase]
         access_s, issue_gate_s = self.access_s, costs.issue_gate_s + self.following.issue_gather_s
         one = costs.expert_s(1) if step.size == 1 else 0.0
         ideal: list[tuple[int, float, float]] = []
@@ -195,8 +190,7 @@ class World:
                     self.observer.span("GPU", "experts", start, start + work)
             else:
                 self._serve(routing, plan, gate, seconds or dict.fromkeys(experts, one))
-            self.decide(routing, moves)
-            self.issue(moves)
+            self.fetch(routing, moves)
             if self.observer is not None:
                 self.observer.event(routing, plan, (gate - attention, gate))
         self.events += len(step.demand)
@@ -230,8 +224,13 @@ class World:
         self.host_free_s, now = self.waves(routing, plan, gate, seconds)
         self.gpu_free_s = self.await_cpu(now)
 
+    def fetch(self, routing: Routing, moves: Sequence[Move]) -> None:
+        """An event has been launched: the host decides on *moves* for later ones and makes them."""
+        self.decide(routing, moves)
+        self.issue(moves)
+
     def decide(self, routing: Routing, moves: Sequence[Move]) -> None:
-        """An event has been launched: the host decides on *moves* for later ones."""
+        """The host decides on *moves* for events later than that of *routing*."""
         event_s, access_s = self._foresee_s
         looking_s = event_s + access_s * len(routing.experts) + self.prefetch_s * len(moves)
         self.host_free_s += looking_s
@@ -262,31 +261,24 @@ class World:
         *seconds* has the GPU time of each expert. Returns when the host has launched and the
         GPU has computed it all.
         """
-        link, costs = self.link, self.costs
         decide = self.env.now
-        host = decide + self.thinking_s(routing, plan)
+        group_s = self.costs.group_s[routing.step.phase]
+        arrivals = Arrivals(self, group_s, decide + self.thinking_s(routing, plan), gate)
         if plan.served:
             seconds = self.served(routing, plan.served, seconds)
-        arriving: list[tuple[Move, float]] = []
-        if link.pending:
-            arriving = self.late_moves(seconds, decide)
+        late = self.late_moves(seconds, decide) if self.link.pending else []
         waves = [[(move, seconds.pop(move.copy)) for move in wave] for wave in plan.waves]
-        least, issue = costs.group_s[len(seconds)]
-        ready = max(sum(seconds.values()), least)
-        now = gate
-        for wave, loads in zip(plan.waves, waves, strict=True) if waves else _NO_WAVES:
-            begin = max(host, now) if ready == 0.0 else host
-            host = link.demand(wave, begin, costs.copy_issue_s)
-            arriving += loads
-            now = self._compute(now, begin, ready, arriving)
-            host += issue + costs.issue_alone_s * len(arriving)
-            if host > now:
-                self.host_s += host - now
-                now = host
-            arriving, issue, ready = [], 0.0, 0.0
-        return host, now
+        first, *further = plan.waves or [()]
+        arrivals.make(first)
+        arrivals.held(seconds)
+        arrivals.land(late)
+        arrivals.land(waves[0] if waves else ())
+        for wave, loads in zip(further, waves[1:], strict=True):
+            arrivals.make(wave)
+            arrivals.land(loads)
+        return arrivals.close()
 
-    def late_moves(self, seconds: dict[int, float], now: float) -> list[tuple[Move, float]]:
+    def late_moves(self, seconds: dict[int, float], now: float) -> list[Arrival]:
         """Prefetches that the gate asks for before they have landed, with their work.
 
         They come in the order in which they land and are taken out of *seconds*.
@@ -301,32 +293,13 @@ class World:
             self.observer.late([move for move, _ in late])
         return sorted(late, key=_landing)
 
-    def _compute(
-        self, now: float, begin: float, ready: float, arriving: list[tuple[Move, float]]
-    ) -> float:
-        """Compute what is there, then *arriving* in order; returns when the GPU is free.
+    def bytes_of(self, move: Move) -> int:
+        """Bytes that *move* carries."""
+        return self._copy_bytes(move.copy)
 
-        Copies land as they were issued: what was late was issued before what was missed.
-        """
-        if begin > now:
-            self.host_s += begin - now
-            now = begin
-        watch = self.observer
-        if watch is not None:
-            watch.span("GPU", "experts", now, now + ready)
-        now += ready
-        worked = ready
-        least = self.costs.least_alone_s
-        for move, seconds in arriving:
-            now = self.await_copy(move, now, self._wake_s)
-            if seconds < least:
-                seconds = least
-            if watch is not None:
-                watch.on_copy("GPU", "expert", move.copy, now, now + seconds)
-            worked += seconds
-            now += seconds
-        self.experts_s += worked
-        return now
+    def _copy_bytes(self, copy: int) -> int:
+        low = copy >= self.planner.context.total
+        return self.costs.low_bytes if low else self.costs.full_bytes
 
     def await_copy(self, move: Move, now: float, notice_s: float) -> float:
         """The GPU, free at *now*, waits for *move*, which has been issued.
@@ -389,9 +362,5 @@ class World:
             self.prefill_s += done - started
 
 
-def _landing(arrival: tuple[Move, float]) -> float:
+def _landing(arrival: Arrival) -> float:
     return arrival[0].land_s
-
-
-#: An event without loads still computes what is held, in one pass.
-_NO_WAVES: list[tuple[Sequence[Move], list[tuple[Move, float]]]] = [((), [])]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from policies import landing
 from policies.base import Context, Forecaster, Policy
 from policies.batching import Batches
 from policies.costs import Costs
@@ -269,3 +271,14 @@ def records(planner: Planner) -> list[Record]:
         else:
             moves.append((number, next(numbers), next(numbers)))
     return found
+
+
+@contextmanager
+def landing_in_groups(least_bytes: int, most_bytes: int) -> Iterator[None]:
+    """Within, groups of landing copies are as large as this."""
+    before = landing.LEAST_BYTES, landing.MOST_BYTES
+    landing.LEAST_BYTES, landing.MOST_BYTES = least_bytes, most_bytes
+    try:
+        yield
+    finally:
+        landing.LEAST_BYTES, landing.MOST_BYTES = before

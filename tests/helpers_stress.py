@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from policies.base import Context, Forecast, Policy, Service, Substitute
+from policies.landing import cut
 from policies.moves import Move
 from policies.planner import Plan, Planner
 from policies.routing import DECODE, PREFILL, Routing, Step
+from runtime.arrivals import Arrivals
 from runtime.bank import ExpertTable, SlotBank
 from runtime.copier import Copier
 from runtime.engine import Engine
@@ -33,6 +35,7 @@ from runtime.layout import ExpertLayout, LowLayout
 from runtime.maths import CpuExperts, Fused
 from runtime.quantise import dequantise
 from runtime.store import HostStore
+from tests.helpers import landing_in_groups
 from tests.helpers_kernels import experts_module
 
 HIDDEN, INTERMEDIATE = 32, 24
@@ -45,7 +48,8 @@ class Case:
     """One run: its shape, its budget, how its policy serves, and the seed of everything else.
 
     *bits* 0 means no low precision. *tokens* is the most of a decode step; prefill steps have
-    up to five times as many.
+    up to five times as many. Copies land in groups of *together* at the least and up to twice as
+    many: experts here are far too small for the bytes that the rule has.
     """
 
     seed: int
@@ -61,6 +65,7 @@ class Case:
     depth: int = 2
     tokens: int = 3
     steps: int = 5
+    together: int = 1
 
 
 class Chaotic(Policy):
@@ -186,6 +191,9 @@ class RacingLanes(Lanes):
 
     def compute_after(self, mark: Mark) -> None:
         self._computing.append((mark, lambda: None))
+
+    def copy_after(self, mark: Mark) -> None:
+        self._copying.append((mark, lambda: None))
 
     def copy_after_compute(self) -> None:
         self._copying.append((self.mark(), lambda: None))
@@ -331,15 +339,19 @@ class Driver:
         self.together = False
         self.engine.copier.marks_each = self.random.random() < 0.2
         self.events = self.waves = self.late = self.shared = 0
+        #: Groups of several copies, and further waves that are cut into several groups.
+        self.grouped = self.overlapping = 0
         self.served: set[str] = set()
         self.demand_bytes = 0
         self._checks: list[tuple[str, Tensor, Tensor]] = []
 
     def run(self) -> None:
         """Every step of the case; then every output is compared."""
+        least = self.case.together * self.bank.layout.size_bytes
         try:
-            for number in range(self.case.steps):
-                self._step(number)
+            with landing_in_groups(least, 2 * least):
+                for number in range(self.case.steps):
+                    self._step(number)
         finally:
             # What is on its way writes to slots that are about to be freed.
             self.lanes.finish()
@@ -429,6 +441,10 @@ class Driver:
             self.served.add(kind)
         if self.together and plan.whole and not self.engine.copier.marks_each:
             self.shared += any(len(wave) > 1 for wave in plan.waves)
+        if not (self.together and plan.whole):
+            groups = [cut(wave, self.engine.copier.size_of) for wave in plan.waves]
+            self.grouped += sum(len(group) > 1 for wave in groups for group in wave)
+            self.overlapping += sum(len(wave) > 1 for wave in groups[1:])
         for wave in plan.waves:
             self.demand_bytes += sum(map(self.engine.copier.size_of, wave))
 
@@ -488,6 +504,7 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
             low_share=draw.choice((0.2, 0.5)),
             serves=draw.random() < 0.7,
             depth=draw.randint(1, 4),
+            together=draw.randint(1, 3),
         )
 
 
@@ -496,10 +513,19 @@ def _keeps_victims(self: Engine, moves: Sequence[Move]) -> None:
     for move in moves:
         self._slot.pop(move.victim, None)
         self._slot[move.copy] = move.slot
-        if move.copy < self._total:
+        if move.copy < self.total:
             self.table.set(move.copy, move.slot)
         elif move.demand:
-            self._borrow(move.copy - self._total, move.slot)
+            self._borrow(move.copy - self.total, move.slot)
+
+
+def _shows_all(self: Arrivals, slots: Any, *, shown: bool) -> None:
+    """``Arrivals._show`` that hides nothing."""
+    if shown:
+        _SHOW(self, slots, shown=True)
+
+
+_SHOW = Arrivals._show
 
 
 def _nothing(self: Any, *arguments: Any) -> None:
@@ -510,9 +536,10 @@ def _nothing(self: Any, *arguments: Any) -> None:
 FAULTS: dict[str, Any] = {
     "Copier.wait": (Copier, "wait", _nothing),
     "Copier._drop": (Copier, "_drop", _nothing),
+    "copy_after": (Lanes, "copy_after", _nothing),
     "copy_after_compute": (Lanes, "copy_after_compute", _nothing),
     "absent victims": (Engine, "_place", _keeps_victims),
-    "return of what is borrowed": (Engine, "_return_borrowed", _nothing),
+    "hidden until it has landed": (Arrivals, "_show", _shows_all),
     "hide": (Engine, "hide", _nothing),
     "flush": (ExpertTable, "flush", _nothing),
 }

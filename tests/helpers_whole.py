@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import simpy
 
@@ -143,9 +144,9 @@ class WholeMachine(Machine):
             yield self.env.timeout(seen - self.env.now)
 
     def submit(
-        self, moves: Sequence[Move], urgent: bool
+        self, moves: Sequence[Move], urgent: bool, **more: Any
     ) -> Generator[simpy.Event, object, list[Transfer]]:
-        made = yield from super().submit(moves, urgent)
+        made = yield from super().submit(moves, urgent, **more)
         for transfer in made:
             self.table.pop(transfer.move.victim, None)
             self.table[transfer.move.copy] = transfer

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import simpy
 
 from policies.base import Service
 from policies.costs import Costs
 from policies.hardware import HardwareProfile
+from policies.landing import landing_groups
 from policies.moves import Move
 from policies.planner import Plan, Planner
 from policies.routing import DECODE, Routing, Step
@@ -45,6 +48,7 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
     floors = {"any": 1.9e-5}
     software = replace(
         profile.software,
+        prompt_kernels=profile.software.expert_kernels_fixed and 5,
         layer_floor_s=floors,
         dense_efficiency=0.8,
         kv_efficiency={"any": 0.3},
@@ -58,7 +62,9 @@ def captured(profile: HardwareProfile) -> HardwareProfile:
 class Transfer:
     """One copy on its way."""
 
-    def __init__(self, machine: Machine, move: Move, urgent: bool) -> None:
+    def __init__(
+        self, machine: Machine, move: Move, urgent: bool, free: simpy.Event | None = None
+    ) -> None:
         self.machine = machine
         self.move = move
         self.landed = machine.env.event()
@@ -68,6 +74,10 @@ class Transfer:
         #: When the GPU can know of it, if not from the start.
         self.told: simpy.Event | None = None
         self.issued = False
+        #: The how manieth to be issued.
+        self.rank = 10**9
+        #: Its slot is read no more.
+        self.free = free
         self.urgent = urgent
         self.process = machine.env.process(self.cross())
 
@@ -86,10 +96,15 @@ class Transfer:
                     self.urgent = True
                     continue
             self.issued = True
+            machine.issues += 1
+            self.rank = machine.issues
         idle = machine.engine.count == 0
         machine.bytes += machine.costs.full_bytes
         with machine.engine.request() as turn:
             yield turn
+            if self.free is not None and not self.free.processed:
+                yield self.free
+                idle = True
             copy_s = machine.costs.idle_copy_s if idle else machine.costs.queued_copy_s
             yield machine.env.timeout(copy_s(machine.costs.full_bytes))
         machine.places.release(request)
@@ -116,7 +131,7 @@ class Machine:
         self.places = simpy.PriorityResource(self.env, capacity=depth)
         self.engine = simpy.Resource(self.env)
         self.on_the_way: dict[int, Transfer] = {}
-        self.bytes = self.cancelled = self.late = 0
+        self.bytes = self.cancelled = self.late = self.issues = 0
         #: Entries of the device's table that have changed since it was told.
         self.untold = 0
         self.total_s = 0.0
@@ -256,7 +271,7 @@ class Machine:
             self.late += 1
             if not transfer.issued:
                 transfer.process.interrupt("wanted")
-        return waiting
+        return sorted(waiting, key=lambda transfer: transfer.rank)
 
     def eager(
         self,
@@ -265,7 +280,7 @@ class Machine:
         done: simpy.Event,
         expert_s: Callable[[int], float],
     ) -> Flow:
-        """The experts of one event: what is held together, the rest one by one."""
+        """The experts of one event: what is held together, the rest in groups as they land."""
         seconds = {
             expert: expert_s(tokens)
             for expert, tokens in zip(routing.experts, routing.counts, strict=True)
@@ -274,49 +289,61 @@ class Machine:
         waiting = self.late_ones(routing, plan)
         held = [e for e in seconds if e not in missed and not self.flies(e)]
         yield self.env.timeout(self.thinking(routing, plan))
-        least, launches = self.costs.group_s[len(held)]
-        ready = max(sum(seconds[e] for e in held), least)
+        group_s = self.costs.group_s[routing.step.phase]
+        #: The GPU's last call, and the one that computed an expert.
+        call: simpy.Event = self.env.timeout(0)
+        calls: dict[int, simpy.Event] = {}
         for number, wave in enumerate(plan.waves or [()]):
-            start = self.env.now
-            transfers = waiting + (yield from self.submit(wave, urgent=True))
-            work = {t.noticed: seconds[t.move.copy] for t in transfers}
-            computed = self.env.process(self.compute(start, ready, work))
-            launches += self.costs.issue_alone_s * len(transfers)
-            yield self.env.timeout(launches)
-            if number < len(plan.waves) - 1:
-                yield computed
-            ready, launches, waiting = 0.0, 0.0, []
-        self.env.process(self.finish(computed, done))
+            groups: list[list[Transfer]] = []
+            free: list[simpy.Event] = []
+            for moves in self.cut(wave):
+                free += [calls[move.victim] for move in moves if move.victim in calls]
+                after = self.env.all_of(free) if free else None
+                groups.append((yield from self.submit(moves, urgent=True, free=after)))
+            if number == 0:
+                groups = [*([[]] if held else []), *self.cut(waiting), *groups]
+            for group in groups:
+                experts = [t.move.copy for t in group] or held
+                least, launching = group_s[len(experts)]
+                work = max(sum(seconds[e] for e in experts), least)
+                launched = self.env.timeout(launching)
+                needed = [call, *(t.noticed for t in group)]
+                call = self.env.process(self.compute(needed, work, launched))
+                calls |= dict.fromkeys(experts, call)
+                yield launched
+        self.env.process(self.finish(call, done))
+
+    def cut(self, arriving: Sequence[Any]) -> list[Sequence[Any]]:
+        """In groups by their number: here all copies are of one size."""
+        counts = landing_groups([self.costs.full_bytes] * len(arriving))
+        ends = list(accumulate(counts))
+        return [arriving[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
     def finish(self, computed: simpy.Event, done: simpy.Event) -> Flow:
         """The GPU is done once it has computed what has all been launched."""
         yield computed
         done.succeed()
 
-    def compute(self, start: float, ready: float, work: dict[simpy.Event, float]) -> Flow:
-        """What is there first, then the rest as it lands."""
-        end = start + ready
-        if end > self.env.now:
-            yield self.env.timeout(end - self.env.now)
-        while work:
-            yield self.env.any_of(list(work))
-            for landed in [event for event in work if event.processed]:
-                yield self.env.timeout(max(work.pop(landed), self.costs.least_alone_s))
+    def compute(self, needed: Sequence[simpy.Event], work: float, launched: simpy.Event) -> Flow:
+        """One call: all that it needs, then the work, which no launch of it may outlast."""
+        yield self.env.all_of(needed)
+        yield self.env.timeout(work)
+        yield launched
 
     def flies(self, expert: int) -> bool:
         transfer = self.on_the_way.get(expert)
         return transfer is not None and not transfer.landed.triggered
 
     def submit(
-        self, moves: Sequence[Move], urgent: bool
+        self, moves: Sequence[Move], urgent: bool, free: simpy.Event | None = None
     ) -> Generator[simpy.Event, object, list[Transfer]]:
         """Hand copies to the link, one after the other; what their slots held is dead."""
         made = []
         for move in moves:
             victim = self.on_the_way.pop(move.victim, None)
-            if victim is not None and not victim.issued and not victim.landed.triggered:
+            if victim is not None and not (victim.issued or victim.urgent):
                 victim.process.interrupt("cancelled")
-            made.append(Transfer(self, move, urgent))
+            made.append(Transfer(self, move, urgent, free))
             if not urgent:
                 self.on_the_way[move.copy] = made[-1]
             costs = self.costs

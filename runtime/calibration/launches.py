@@ -11,6 +11,7 @@ from runtime.calibration.bench import Bench
 from runtime.calibration.fits import line
 from runtime.calibration.shapes import (
     FEW_LAYERS,
+    LONG_PROMPT,
     MORE_LAYERS,
     PROMPT,
     TYPICAL,
@@ -28,6 +29,7 @@ class Launches(NamedTuple):
     step_s: float
     attention_kernels: int
     expert_kernels: int
+    prompt_kernels: int
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -65,7 +67,8 @@ def measure_launches(bench: Bench) -> Launches:
     """The model's code without graphs, all experts resident, one layer more against one less.
 
     Time and operations both from models of two depths: what does not depend on the depth is
-    the step's. Experts' operations are the runtime's own, for a prompt.
+    the step's. Experts' operations are the runtime's own, for a prompt of a few tokens, whose
+    kernels are those of decode steps, and for one of many.
     """
     seconds, operations = [], []
     for layers in (FEW_LAYERS, MORE_LAYERS):
@@ -77,10 +80,10 @@ def measure_launches(bench: Bench) -> Launches:
         del model, decoding
     found = line((FEW_LAYERS, MORE_LAYERS), seconds)
     per_layer = (operations[1] - operations[0]) / (MORE_LAYERS - FEW_LAYERS)
-    experts = _expert_operations(bench)
+    few, many = _expert_operations(bench)
     resident = _resident_expert_operations(bench)
     return Launches(
-        found.beta / per_layer, max(found.alpha, 1e-6), round(per_layer - resident), experts
+        found.beta / per_layer, max(found.alpha, 1e-6), round(per_layer - resident), few, many
     )
 
 
@@ -91,10 +94,10 @@ def _resident_expert_operations(bench: Bench) -> int:
     return _within_experts(model, 1, bench)
 
 
-def _expert_operations(bench: Bench) -> int:
-    """Operations of the runtime's experts of one layer for a prompt, all of them held."""
+def _expert_operations(bench: Bench) -> list[int]:
+    """Operations of the runtime's experts of one layer for two prompts, all of them held."""
     with offloaded(TYPICAL, 2, bench) as model:
-        return _within_experts(model, PROMPT, bench)
+        return [_within_experts(model, tokens, bench) for tokens in (PROMPT, LONG_PROMPT)]
 
 
 def _within_experts(model: Any, tokens: int, bench: Bench) -> int:

@@ -275,6 +275,7 @@ def _software(found: Measured) -> dict[str, Any]:
         "attention_kernels": launches.attention_kernels,
         "expert_kernels_fixed": launches.expert_kernels,
         "expert_kernels_each": 0,
+        "prompt_kernels": launches.prompt_kernels,
     }
     if found.layers.floor_s and found.dense is not None:
         software["layer_floor_s"] = {n: significant(s) for n, s in found.layers.floor_s.items()}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 from runtime.calibration.bench import Bench
 from runtime.dimensions import config_of
+from runtime.kernels.fused import DECODE_TOKENS
 from runtime.offloading import offload
 from traces.sizes import Dimensions, dimensions
 
@@ -32,6 +33,8 @@ TOP_K = 4
 VOCABULARY = 512
 CACHE_TOKENS = 512
 PROMPT = 64
+#: A prompt whose experts are not computed by the kernels of decode steps.
+LONG_PROMPT = 2 * DECODE_TOKENS
 STEPS = 60
 
 

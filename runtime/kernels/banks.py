@@ -71,6 +71,12 @@ class Banks:
         """Every part of all full slots, each [full_slots, *shape], in place."""
         return self.layout.views(self.full)
 
+    @cached_property
+    def edges(self) -> Tensor:
+        """Behind every slot the number of the next, int32: made once, on the banks' device."""
+        total = self.full_slots + self.low_slots
+        return torch.arange(1, total + 1, dtype=torch.int32, device=self.full.device)
+
     def weights(self, slot: int) -> Mapping[str, Tensor]:
         """The parts of one *slot*: views of a full one, float32 copies of a low one."""
         if slot < self.full_slots:

@@ -23,16 +23,18 @@ VECTOR_BYTES = 16
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Some experts and the rows that need them: rows first .. of the sorted pairs.
+    """Some experts and the rows that need them.
 
-    *views* are parts [n, *shape]; *ends* int32 [n] counts, from the group's first row, where
-    each expert's rows end; *expert* int64 [rows] is each row's expert among the n.
+    *rows* are theirs among the sorted pairs: a slice, or int64 [pairs], in which those of
+    other experts follow and, past the last pair, nobody's. *views* are parts [n, *shape];
+    *ends* int32 [n] counts, from the group's first row, where each expert's rows end;
+    *expert* int [rows] is each row's expert among the n, for biases: without any it may be None.
     """
 
     views: Mapping[str, Tensor]
-    rows: slice
+    rows: slice | Tensor
     ends: Tensor
-    expert: Tensor
+    expert: Tensor | None
 
 
 def can_group(banks: Banks) -> bool:
@@ -55,35 +57,33 @@ def run_prefill(
     *grouped* is :func:`can_group`'s answer. With *rounds* activations and weighted rows are
     rounded where transformers rounds them, if hidden states have the bank's dtype.
 
-    Waits for the device only where the distinct slots must be known on the host: without
-    grouped matmuls, with a low bank, or with more than :data:`MAX_GROUPS` slots.
+    Waits for the device only where the rows of each slot must be known on the host: without
+    grouped matmuls, or with a low bank.
     """
     rounds = rounds and call.hidden.dtype == banks.layout.dtype
     slots = call.slots()
-    flat = slots.reshape(-1).long()
     total = banks.full_slots + banks.low_slots
     # Pairs that count for nothing are sorted behind all slots, where no expert's rows reach.
-    keys, order = torch.where(flat < 0, total, flat).sort(stable=True)
+    keys, order = slots.reshape(-1).remainder(total + 1).sort(stable=True)
     inputs = call.hidden[order // call.index.shape[1]].to(banks.layout.dtype)
-    sorted_rows = torch.empty(len(keys), banks.output, dtype=inputs.dtype, device=inputs.device)
+    pairs = len(keys)
+    # The last takes what is computed for nobody.
+    sorted_rows = torch.empty(pairs + 1, banks.output, dtype=inputs.dtype, device=inputs.device)
     for group in _groups(banks, keys, grouped):
-        sorted_rows[group.rows] = _outputs(
-            banks, gating, group, inputs[group.rows], grouped, rounds
-        )
+        mine = group.rows if isinstance(group.rows, slice) else group.rows.clamp(max=pairs - 1)
+        sorted_rows[group.rows] = _outputs(banks, gating, group, inputs[mine], grouped, rounds)
         # Not beside the next ones.
         del group
-    rows = torch.empty_like(sorted_rows)
-    rows[order] = sorted_rows
+    rows = torch.empty_like(sorted_rows[:pairs])
+    rows[order] = sorted_rows[:pairs]
     call.write(rows, slots, rounds)
 
 
 def _groups(banks: Banks, keys: Tensor, grouped: bool) -> Iterator[_Group]:
-    """The groups that cover all rows, whose sorted slots are *keys*."""
-    total = banks.full_slots + banks.low_slots
-    ends = torch.searchsorted(keys, torch.arange(1, total + 1, device=keys.device))
-    if grouped and not banks.low_slots and total <= MAX_GROUPS:
-        expert = keys.clamp(max=total - 1)
-        yield _Group(banks.views, slice(None), ends.int(), expert)
+    """The groups that cover all rows, whose sorted slots are int32 *keys*."""
+    ends = torch.searchsorted(keys, banks.edges, out_int32=True)
+    if grouped and not banks.low_slots:
+        yield from _windows(banks, keys, ends)
         return
     host = [0, *ends.tolist()]
     for first in range(0, banks.full_slots, MAX_GROUPS):
@@ -91,9 +91,31 @@ def _groups(banks: Banks, keys: Tensor, grouped: bool) -> Iterator[_Group]:
         rows = slice(host[first], host[last])
         if rows.start < rows.stop:
             views = {name: view[first:last] for name, view in banks.views.items()}
-            local = (ends[first:last] - rows.start).int()
-            yield _Group(views, rows, local, keys[rows] - first)
+            yield _Group(views, rows, ends[first:last] - rows.start, keys[rows] - first)
     yield from _raised_groups(banks, keys, host)
+
+
+def _windows(banks: Banks, keys: Tensor, ends: Tensor) -> Iterator[_Group]:
+    """Full slots, as many at a time as a grouped matmul takes; no row's place is asked for.
+
+    *ends* int32 [slots] are where each slot's rows end. Behind a window's rows come those of
+    the next ones, for which it computes anything: they are computed again, in their turn.
+    """
+    pairs, biased = len(keys), f"{banks.first}_bias" in banks.views
+    if banks.full_slots <= MAX_GROUPS:
+        expert = keys.clamp(max=banks.full_slots - 1) if biased else None
+        yield _Group(banks.views, slice(0, pairs), ends, expert)
+        return
+    places = torch.arange(pairs, device=keys.device)
+    for first in range(0, banks.full_slots, MAX_GROUPS):
+        last = min(first + MAX_GROUPS, banks.full_slots)
+        views = {name: view[first:last] for name, view in banks.views.items()}
+        start = ends[first - 1] if first else 0
+        rows = (places + start).clamp(max=pairs)
+        expert = None
+        if biased:
+            expert = (keys[rows.clamp(max=pairs - 1)] - first).clamp(max=last - first - 1)
+        yield _Group(views, rows, ends[first:last] - start, expert)
 
 
 def _raised_groups(banks: Banks, keys: Tensor, host: list[int]) -> Iterator[_Group]:
@@ -106,7 +128,8 @@ def _raised_groups(banks: Banks, keys: Tensor, host: list[int]) -> Iterator[_Gro
         rows = slice(host[base + some[0]], host[base + some[-1] + 1])
         ends = [host[base + row + 1] - rows.start for row in some]
         local = torch.tensor(ends, dtype=torch.int32, device=keys.device)
-        expert = torch.searchsorted(torch.tensor(some, device=keys.device), keys[rows] - base)
+        known = torch.tensor(some, dtype=keys.dtype, device=keys.device)
+        expert = torch.searchsorted(known, keys[rows] - base)
         yield _Group(banks.raised(some, banks.layout.dtype), rows, local, expert)
 
 

@@ -44,5 +44,6 @@ class Call:
         weighted = (rows * weights).float() if rounds else rows.float() * weights.float()
         total = torch.where(taken, weighted, 0).sum(dim=1)
         if self.accumulate:
-            total += self.out
-        self.out.copy_(total)
+            self.out.add_(total)
+        else:
+            self.out.copy_(total)

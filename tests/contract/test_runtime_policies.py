@@ -12,13 +12,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
+from policies import landing  # noqa: E402
 from policies.budget import Budget  # noqa: E402
 from policies.decisions import DecisionLog  # noqa: E402
+from policies.moves import Move  # noqa: E402
 from policies.registry import POLICIES  # noqa: E402
 from policies.session import Setup  # noqa: E402
 from runtime.session import ReplaySession  # noqa: E402
 from sim.session import Session  # noqa: E402
-from tests.helpers import BUILT_ALONE  # noqa: E402
+from tests.helpers import BUILT_ALONE, landing_in_groups  # noqa: E402
 from traces.model import ModelSpec  # noqa: E402
 from traces.store import write_trace  # noqa: E402
 from traces.synth import SynthSettings, synthesise  # noqa: E402
@@ -142,6 +144,39 @@ def test_a_depth_of_one_and_of_many(trace: str) -> None:
         finally:
             both.real.close()
     assert len(shas) == 1
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("slots", [TOP_K, 7, ALL])
+@pytest.mark.parametrize("policy", ["lru", "belady", "mixed"])
+def test_the_same_groups_land(
+    worlds: dict[tuple[int, str], Worlds],
+    policy: str,
+    slots: int,
+    together: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is missed is issued, and computed, in as many groups of the same sizes."""
+    both = worlds[3, "global"]
+    found: dict[str, list[list[int]]] = {"sim": [], "runtime": []}
+
+    def counting(world: str) -> Any:
+        def counted(arriving: Any, bytes_of: Any) -> Any:
+            groups = landing.cut(arriving, bytes_of)
+            if arriving and isinstance(arriving[0], Move):
+                found[world].append([len(group) for group in groups])
+            return groups
+
+        return counted
+
+    monkeypatch.setattr("sim.arrivals.cut", counting("sim"))
+    monkeypatch.setattr("runtime.engine.cut", counting("runtime"))
+    monkeypatch.setattr("runtime.arrivals.cut", counting("runtime"))
+    size = 3 * SIZE * SIZE * 2 * together
+    with landing_in_groups(size, size):
+        both.compare(policy, slots)
+    assert found["sim"] == found["runtime"]
+    assert max(map(len, found["sim"])) > 1 or together > 1
 
 
 #: Scheduler -> batch size, and whether keys and values move.

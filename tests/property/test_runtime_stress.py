@@ -51,6 +51,7 @@ def drawn(draw: st.DrawFn) -> Case:
         serves=draw(st.booleans()),
         depth=draw(st.integers(1, 4)),
         steps=draw(st.integers(1, 6)),
+        together=draw(st.integers(1, 4)),
     )
 
 
@@ -82,6 +83,8 @@ def test_the_cases_meet_everything() -> None:
     assert sum(driver.waves for driver in drivers) > 50
     assert sum(driver.late for driver in drivers) > 50
     assert sum(driver.shared for driver in drivers) > 50
+    assert sum(driver.grouped for driver in drivers) > 50
+    assert sum(driver.overlapping for driver in drivers) > 5
     assert sum(driver.engine.copier.cancelled for driver in drivers) > 10
     services = set().union(*(driver.served for driver in drivers))
     assert services == {"low", "skip", "cpu", "substitute"}

@@ -16,9 +16,9 @@ from policies.hardware import HardwareProfile
 from policies.link_times import CopyTable, Direction
 from policies.registry import POLICIES
 from policies.routing import Routing
-from policies.testing import example_model
+from policies.testing import EXPERT_BYTES, example_model
 from sim.world import World
-from tests.helpers import BUSY, machine, random_trace, replay, simulate, trace_of
+from tests.helpers import BUSY, landing_in_groups, machine, random_trace, replay, simulate, trace_of
 from tests.helpers_replay import events_of
 from tests.helpers_whole import whole
 from tests.helpers_world import captured
@@ -130,13 +130,28 @@ def test_one_expert_per_event_is_a_serial_sum(name: str) -> None:
     assert world.stall_demand_s == pytest.approx(missed * world.costs.idle_copy_s(3000))
 
 
-def test_loads_and_experts_are_a_two_stage_pipeline() -> None:
-    """n equal stages: t1 + t2 + (n - 1) * max(t1, t2)."""
-    for copy_s, expert_s in ((1e-3, 1e-4), (1e-4, 1e-3)):
-        trace = trace_of(example_model(1, 40, 8), [np.arange(40).reshape(5, 1, 8)])
-        world = simulate("lru", trace, 40, machine(copy_s=copy_s, expert_s=expert_s))
-        event = copy_s + expert_s + 7 * max(copy_s, expert_s)
-        assert world.total_s == pytest.approx(world.attention_s + 5 * event, rel=1e-12)
+@pytest.mark.parametrize("together", [1, 2, 4, 8])
+@pytest.mark.parametrize(("copy_s", "expert_s"), [(1e-3, 1e-4), (1e-4, 1e-3)])
+@pytest.mark.parametrize("slots", [40, 8])
+def test_groups_of_loads_and_experts_are_a_two_stage_pipeline(
+    slots: int, copy_s: float, expert_s: float, together: int
+) -> None:
+    """n equal stages of g experts: g * (t1 + t2 + (n - 1) * max(t1, t2))."""
+    trace = trace_of(example_model(1, 40, 8), [np.arange(40).reshape(5, 1, 8)])
+    with landing_in_groups(together * EXPERT_BYTES, together * EXPERT_BYTES):
+        world = simulate("lru", trace, slots, machine(copy_s=copy_s, expert_s=expert_s))
+    event = together * (copy_s + expert_s + (8 // together - 1) * max(copy_s, expert_s))
+    assert world.total_s == pytest.approx(world.attention_s + 5 * event, rel=1e-12)
+
+
+@pytest.mark.parametrize(("slots", "together"), [(2, 1), (4, 2), (8, 2), (8, 4)])
+def test_waves_follow_each_other_on_the_link_without_a_gap(slots: int, together: int) -> None:
+    """With a slot for two groups one lands while the other computes, whatever must make room."""
+    trace = trace_of(example_model(1, 32, 32), [np.arange(32).reshape(1, 1, 32)])
+    with landing_in_groups(together * EXPERT_BYTES, together * EXPERT_BYTES):
+        world = simulate("lru", trace, slots, machine(copy_s=1e-3, expert_s=9e-4))
+    event = 32 * 1e-3 + together * 9e-4
+    assert world.total_s == pytest.approx(world.attention_s + event, rel=1e-12)
 
 
 @pytest.mark.parametrize("way", [lambda eager: eager, whole], ids=["eager", "whole"])

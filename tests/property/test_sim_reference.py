@@ -18,7 +18,7 @@ from policies.hardware import HardwareProfile
 from policies.planner import Planner
 from policies.registry import POLICIES
 from sim.world import World
-from tests.helpers import machine, random_trace
+from tests.helpers import landing_in_groups, machine, random_trace
 from tests.helpers_whole import WholeMachine, whole
 from tests.helpers_world import captured
 from traces.trace import MemoryTrace
@@ -76,6 +76,7 @@ def planner_of(
     depth=st.integers(1, 3),
     accuracy=st.sampled_from([0.3, 0.7, 1.0]),
     dense_params=st.sampled_from([1000, 30_000]),
+    together=st.sampled_from([1, 2, 3, 100]),
 )
 @settings(max_examples=25, deadline=None)
 def test_worlds_agree(
@@ -87,16 +88,18 @@ def test_worlds_agree(
     depth: int,
     accuracy: float,
     dense_params: int,
+    together: int,
 ) -> None:
     """``eager`` fetches all that is forecast, so that much is stale in the queue and cancelled."""
     text = "predictive:caution=0,margin=0,confidence=0,protect=false" if name == "eager" else name
     trace = random_trace(seed)
     costs = Costs(profile, replace(trace.model, dense_params=dense_params))
-    planner, future = planner_of(POLICIES.build(text), trace, slots, batch, accuracy, costs)
-    world = World(planner, costs, depth=depth)
-    world.run(future.steps())
-    planner, future = planner_of(POLICIES.build(text), trace, slots, batch, accuracy, costs)
-    other = WholeMachine(planner, costs, depth).run(future.steps())
+    with landing_in_groups(together * costs.full_bytes, 2 * together * costs.full_bytes):
+        planner, future = planner_of(POLICIES.build(text), trace, slots, batch, accuracy, costs)
+        world = World(planner, costs, depth=depth)
+        world.run(future.steps())
+        planner, future = planner_of(POLICIES.build(text), trace, slots, batch, accuracy, costs)
+        other = WholeMachine(planner, costs, depth).run(future.steps())
 
     assert planner.log.sha256() == world.planner.log.sha256()
     assert world.total_s == pytest.approx(other.total_s, rel=1e-9)

@@ -625,7 +625,7 @@ FOUND = run.Measured(
         ),
         "fifo": Stages(Thinking(1e-6, 0.0, 1e-6, 1e-7, 1e-6), IDLE),
     },
-    launches=Launches(9e-6, 3e-4, 60, 20),
+    launches=Launches(9e-6, 3e-4, 60, 20, 30),
     dense=Line(3e-6, 0.7, 1e-6),
     fused=Line(4e-6, 0.85, 2e-6),
     token_share=0.2,

@@ -103,10 +103,11 @@ def test_prefetches_must_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("phase", "events", "together"),
     [
-        # At full precision; landing, one by one; held, at once; both, of which the held count.
+        # At full precision; landing, in one group at most; held, at once; both, the larger counts.
         (PREFILL, [[7]], 0),
-        (PREFILL, [[0, 1, 2]], 1),
-        (PREFILL, [[0, 1, 2], [1, 2, 7]], 2),
+        (PREFILL, [[0, 1, 2]], 3),
+        (PREFILL, [[0], [0, 1, 2]], 2),
+        (PREFILL, [[0, 1], [1, 2, 7]], 2),
         (PREFILL, [[0, 1, 2], [0, 1, 2, 3]], 3),
         (DECODE, [[0, 1, 2], [0, 1, 2]], 0),
     ],

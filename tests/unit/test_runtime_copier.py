@@ -116,7 +116,7 @@ def test_depth():
 def test_a_wanted_prefetch_comes_next():
     link = Link(depth=1)
     link.copier.prefetch([prefetch(1, 0), prefetch(2, 1), prefetch(3, 2)])
-    assert link.copier.arriving([3, 1, 7]) == [3, 1]
+    assert link.copier.arriving([3, 1, 7]) == [1, 3]
     assert link.issued == [1, 3]
     link.copier.wait(3)
     assert link.holds(2) == 3

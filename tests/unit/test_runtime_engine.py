@@ -19,6 +19,7 @@ from runtime.bank import ABSENT, SlotBank  # noqa: E402
 from runtime.engine import Engine  # noqa: E402
 from runtime.eventclock import EventClock  # noqa: E402
 from runtime.lanes import HostLanes  # noqa: E402
+from tests.helpers import landing_in_groups  # noqa: E402
 from tests.helpers_stress import store_of  # noqa: E402
 
 EXPERTS = 6
@@ -46,7 +47,7 @@ class Scripted(LRU):
 class Run:
     """An engine on the CPU whose copies land only when somebody waits for them."""
 
-    def __init__(self, policy, slots, lag=NEVER, layers=2):
+    def __init__(self, policy, slots, lag=NEVER, layers=2, lanes=None):
         bits = policy.low_bits if policy.low_share else 0
         store = store_of(layers, EXPERTS, bits)
         low = store.low_layout
@@ -57,7 +58,7 @@ class Run:
             store.layout, cache.full_slots, torch.device("cpu"), low_layout=low,
             low=cache.low_slots,
         )  # fmt: skip
-        self.lanes = HostLanes(lag=lambda: lag)
+        self.lanes = lanes or HostLanes(lag=lambda: lag)
         self.engine = Engine(self.planner, store, bank, self.lanes)
         self.steps = 0
         self.layers = layers
@@ -96,18 +97,75 @@ class Run:
         assert sorted(seen) == sorted(ids), found.groups
 
 
-def test_held_first_then_each_as_it_lands():
+def groups_of(run, count=1):
+    """Within, groups have *count* experts at the least and at the most."""
+    size = count * run.engine.bank.layout.size_bytes
+    return landing_in_groups(size, size)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_held_first_then_groups_as_they_land(together):
     run = Run(LRU(), slots=4)
-    step = run.begin()
-    first = run.event(step, 0, [1, 3])
-    assert first.groups == [{1: 0}, {3: 1}]
-    run.event(step, 1, [0])
-    second = run.event(run.begin(), 0, [1, 2, 3])
-    assert second.groups == [{1: 0, 3: 1}, {2: 3}]
-    third = run.event(run.begin(), 0, [1, 2, 3])
-    assert third.plan is NOTHING
-    assert third.groups == [{1: 0, 2: 3, 3: 1}]
+    with groups_of(run, together):
+        step = run.begin()
+        first = run.event(step, 0, [1, 3])
+        assert first.groups == ([{1: 0}, {3: 1}] if together == 1 else [{1: 0, 3: 1}])
+        run.event(step, 1, [0])
+        second = run.event(run.begin(), 0, [1, 2, 3])
+        assert second.groups == [{1: 0, 3: 1}, {2: 3}]
+        third = run.event(run.begin(), 0, [1, 2, 3])
+        assert third.plan is NOTHING
+        assert third.groups == [{1: 0, 2: 3, 3: 1}]
     assert run.engine.accesses == 2 + 1 + 3 + 3
+
+
+def test_a_group_is_issued_and_awaited_together():
+    run = Run(LRU(), slots=6)
+    run.engine.copier.issued = []
+    with groups_of(run, 2):
+        found = run.event(run.begin(), 0, [0, 1, 2, 3, 4])
+    # The first has what is left in front, which is less than a group.
+    assert [sorted(group) for group in found.groups] == [[0, 1, 2], [3, 4]]
+    assert [len(copied.moves) for copied in run.engine.copier.issued] == [3, 2]
+    assert run.engine.copier.prefetches == 0
+
+
+class Noting(HostLanes):
+    """Notes copies, calls' marks and what the copy lane waits for."""
+
+    def __init__(self, said):
+        super().__init__(lag=lambda: NEVER)
+        self.said, self.marks = said, []
+
+    def mark(self):
+        self.marks.append(super().mark())
+        self.said.append("call")
+        return self.marks[-1]
+
+    def copy(self, target, source):
+        self.said.append("copy")
+        return super().copy(target, source)
+
+    def copy_after(self, mark):
+        self.said.append(f"after {self.marks.index(mark)}")
+
+    def copy_after_compute(self):
+        self.said.append("after all")
+
+
+def test_a_wave_waits_for_the_calls_that_read_its_slots_and_no_others():
+    said = []
+    run = Run(LRU(), slots=3, lanes=Noting(said))
+    with groups_of(run):
+        run.event(run.begin(), 0, [5])
+        assert said == ["copy"]
+        said.clear()
+        found = run.event(run.begin(), 0, [0, 1, 2, 3, 5])
+    assert [[move.slot for move in wave] for wave in found.plan.waves] == [[1, 2], [1, 2]]
+    # What is held, then 0 and 1; 2 takes the slot of 0, and 3 that of 1.
+    first, second = ["copy", "copy", "call", "call", "call"], ["after 1", "copy", "after 2", "copy"]
+    assert said == [*first, *second, "call", "call"]
+    run.each_once(found, [0, 1, 2, 3, 5])
 
 
 def test_waves_compute_everything_once():
@@ -166,6 +224,7 @@ def test_late_prefetches_count_once_and_are_waited_for():
     step = run.begin()
     found = run.event(step, 0, [0, 1])
     assert found.late == [0]
+    # What was fetched ahead and what is missed are never one group.
     assert found.groups == [{0: 0}, {1: 3}]
     found = run.event(step, 1, [1, 2])
     assert run.engine.late == 1 + len(found.late)

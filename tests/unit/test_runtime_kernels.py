@@ -102,6 +102,33 @@ def test_the_sorted_path_computes_the_same(kind, dtype, low):
         assert largest(out - 1 - exact) <= bound * scale
 
 
+def _asked(*arguments):
+    raise AssertionError("the host asked the device, and had to wait")
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("most", [1, 3, 5, 1000])
+def test_windows_of_slots_are_computed_without_asking_the_device(kind, most, monkeypatch):
+    """Whichever windows the experts in use lie in, some of which have none."""
+    monkeypatch.setattr("runtime.kernels.prefill.MAX_GROUPS", most)
+    placed = Placed(experts_module(kind, torch.float32), absent=(2,))
+    banks = Banks(placed.layout, placed.full)
+    hidden, index, weights = routes(33, torch.float32)
+    for seed in range(6):
+        unseen = torch.rand(len(placed.table), generator=torch.Generator().manual_seed(seed))
+        table = torch.where(unseen < seed / 6, -1, placed.table)
+        out = torch.ones_like(hidden)
+        call = Call(hidden, index, weights, table, out, accumulate=True)
+        with monkeypatch.context() as asking:
+            for name in ("tolist", "item", "cpu", "nonzero"):
+                asking.setattr(torch.Tensor, name, _asked)
+            run_prefill(banks, placed.gating, call, grouped=True)
+        expected = sum(
+            placed.exact(hidden, index, weights, only=slot) for slot in table.tolist() if slot >= 0
+        )
+        torch.testing.assert_close(out.double() - 1, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_more_slots_than_a_grouped_matmul_takes(monkeypatch):
     import runtime.kernels.prefill as prefill
     import runtime.kernels.reference as reference
