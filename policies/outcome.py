@@ -45,8 +45,10 @@ class World(Protocol):
     late: int
     decode_tokens: int
     prefill_tokens: int
-    prefill_s: float
     scheduling: SchedulingTimes
+
+    @property
+    def prefill_s(self) -> float: ...
 
     @property
     def decode_step_s(self) -> Sequence[float]: ...

@@ -79,7 +79,7 @@ class RealWorld:
         self._open: list[Copied] = []
         self.steps = self.accesses = self.late = 0
         self.decode_tokens = self.prefill_tokens = 0
-        self.prefill_s = 0.0
+        self.prefill_step_s = array("d")
         self.scheduling = SchedulingTimes()
         self.decode_step_s = array("d")
         self.decode_step_tokens = array("q")
@@ -93,6 +93,11 @@ class RealWorld:
         if recording is not None:
             engine.on_event = self._note
             self.link.marks_each = True
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds of all prefill steps."""
+        return sum(self.prefill_step_s)
 
     @property
     def total_s(self) -> float:
@@ -165,7 +170,7 @@ class RealWorld:
             self.decode_step_tokens.append(step.size)
         else:
             self.prefill_tokens += step.size
-            self.prefill_s += seconds
+            self.prefill_step_s.append(seconds)
         if self._marked:
             self._add_marked(step, seconds)
 
