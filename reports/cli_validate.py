@@ -277,17 +277,13 @@ def _request(options: dict[str, Any]) -> Request:
     budgets += [Budget(gpu_memory=m) for m in options["gpu_memory"]]
     names = ("hardware", "sizes", "forecaster", "scheduler", "pool", "train", "seed", "depth")
     device = _device(options["device"])
-    compute = _compute(options, device)
-    shared = {name: options[name] for name in names}
-    # What is simulated is what runs: without a GPU nothing is captured.
-    shared["compute"] = compute if device == "cuda" else "reference"
     request = Request(
-        setup=Setup(trace=options["trace"] or "", **shared),
+        setup=Setup(trace=options["trace"] or "", **{name: options[name] for name in names}),
         policies=list(dict.fromkeys(options["policies"])),
         budgets=list(dict.fromkeys(budgets)) or [Budget(cache=text) for text in BUDGETS],
         batches=list(dict.fromkeys(options["batch"])) or [1],
         device=device,
-        compute=compute,
+        compute=_compute(options, device),
         cut=Cut(options["sequences"], options["max_tokens"]),
         timeline_cell=options["timeline_cell"] if options["timeline"] else None,
         model=_checkpoint(options["model"]),
