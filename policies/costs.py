@@ -17,7 +17,8 @@ class Costs:
     over memory bandwidth and operations over peak rate, never less than its kernels take.
     Host work is serial: a launch per kernel, a wait per gate, an issue per copy. *graph* has
     the costs of decode steps where the profile says that they run as captured graphs; their
-    key-value cache has *cache_tokens* tokens per sequence, if given.
+    key-value cache has *cache_tokens* tokens per sequence, if given. Where it says that they
+    run as one graph each, they do unless *whole* is false.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Costs:
         low_bits: int = 4,
         *,
         cache_tokens: int = 0,
+        whole: bool = True,
     ) -> None:
         self.profile = profile
         self.model = model
@@ -63,7 +65,7 @@ class Costs:
             self.graph = GraphCosts(profile, model, cache_tokens, low_bits)
         #: The same of those decode steps that run as one graph each, if any do.
         self.whole: WholeCosts | None = None
-        if self.graph is not None and profile.whole is not None:
+        if whole and self.graph is not None and profile.whole is not None:
             self.whole = WholeCosts(profile, profile.whole, model, cache_tokens, low_bits)
         self._experts: dict[int, float] = {}
         self._attention: dict[tuple[int, int], float] = {}

@@ -43,6 +43,9 @@ KEEP_BYTES = 256 * 2**20
 
 POOLS = ("global", "layer")
 
+#: How decode steps run: one graph each where they can, a chain of graphs, or neither.
+COMPUTE = ("graph", "fused", "reference")
+
 #: Slots and the share of accesses missed with them.
 CurvePoint = tuple[int, float]
 
@@ -60,6 +63,17 @@ def check_pool(pool: str, slots: int, model: ModelSpec, *, option: str) -> None:
         )
 
 
+def check_compute(compute: str | None, profile: HardwareProfile) -> None:
+    """Raise :class:`InputError` where *profile* does not know *compute* of a :class:`Setup`."""
+    if compute not in (None, *COMPUTE):
+        raise InputError(f"--compute {compute}: expected one of {', '.join(COMPUTE)}")
+    if compute == "graph" and profile.whole is None:
+        raise InputError(
+            f"--compute graph: hardware profile {profile.name} has no section [whole], expected "
+            "one that `simctl calibrate` of this version has written anew"
+        )
+
+
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Spare a run the search for reference cycles: it makes none, and millions of objects."""
@@ -74,7 +88,12 @@ def no_garbage_collection() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything but policy and budget: what the runs of a comparison have in common."""
+    """Everything but policy and budget: what the runs of a comparison have in common.
+
+    *compute* is how decode steps are simulated: ``graph`` as one graph each where they can,
+    which only a profile with ``[whole]`` knows, ``fused`` as chains. None: ``graph`` where the
+    profile knows it. What the profile calls eager is eager anyway.
+    """
 
     trace: str
     batch: int = 1
@@ -86,6 +105,7 @@ class Setup:
     train: str | None = None
     seed: int = 0
     depth: int = 2
+    compute: str | None = None
 
 
 class Prepared(NamedTuple):
@@ -118,6 +138,7 @@ class TraceSession:
             raise InputError(f"--pool {self.setup.pool}: expected {' or '.join(POOLS)}")
         self.stored: StoredTrace = open_trace(self.setup.trace)
         self.profile: HardwareProfile = load_profile(self.setup.hardware)
+        check_compute(self.setup.compute, self.profile)
         self.model: ModelSpec = self.stored.model
         if self.setup.sizes:
             self.model = resize(self.model, model_sizes(self.setup.sizes))
@@ -238,6 +259,7 @@ class TraceSession:
             self.model,
             policy.low_bits,
             cache_tokens=self.longest if captured else 0,
+            whole=self.setup.compute in (None, "graph"),
         )
 
     @property

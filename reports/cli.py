@@ -61,6 +61,11 @@ _SETUP = (
         "--forecaster",
         help="Forecaster of policies that take one. Default: ahead if recorded, else markov.",
     ),
+    click.option(
+        "--compute",
+        type=click.Choice(["graph", "fused"]),
+        help="Decode steps: one graph each, or a chain. [default: graph if the profile knows it]",
+    ),
     *ARRANGEMENT,
 )
 

@@ -59,7 +59,8 @@ _OPTIONS = (
     click.option(
         "--compute",
         type=click.Choice(["graph", "fused", "reference"]),
-        help="Kernels of the real runs. [default: fused on CUDA, else reference]",
+        help="How the real runs compute. [default: on CUDA graph if the profile has [whole], "
+        "else fused; on the CPU reference]",
     ),
     click.option("--sequences", type=int, help="Only the first N sequences (or prompts)."),
     click.option("--max-tokens", type=int, help="Only the first N decode tokens of each."),
@@ -282,7 +283,7 @@ def _request(options: dict[str, Any]) -> Request:
         budgets=list(dict.fromkeys(budgets)) or [Budget(cache=text) for text in BUDGETS],
         batches=list(dict.fromkeys(options["batch"])) or [1],
         device=device,
-        compute=options["compute"] or ("fused" if device == "cuda" else "reference"),
+        compute=_compute(options, device),
         cut=Cut(options["sequences"], options["max_tokens"]),
         timeline_cell=options["timeline_cell"] if options["timeline"] else None,
         model=_checkpoint(options["model"]),
@@ -307,6 +308,19 @@ def _device(asked: str) -> str:
     if asked == "cuda" and not there:
         raise InputError("--device cuda: torch sees no CUDA device, expected one (or --device cpu)")
     return "cuda" if there and asked == "auto" else "cpu" if asked == "auto" else asked
+
+
+def _compute(options: dict[str, Any], device: str) -> str:
+    """How the real runs compute on *device*: as asked for, else the best that the profile knows."""
+    from policies.hardware import load_profile
+    from policies.session import check_compute
+
+    profile, asked = load_profile(options["hardware"]), options["compute"]
+    check_compute(asked, profile)
+    if asked:
+        return str(asked)
+    whole = "graph" if profile.whole is not None else "fused"
+    return whole if device == "cuda" else "reference"
 
 
 def _checkpoint(model: str | None) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from policies.hardware import FIGURES
 from runtime.cli import progress_bar, require_torch
 from traces.errors import InputError
 
@@ -61,8 +62,8 @@ def calibrate(out: Path, device: str, quick: bool, force: bool) -> None:
 def summary(values: Mapping[str, Any]) -> str:
     """The figures of a profile's tables, one a line, in units that people read."""
     lines = [str(values["title"]), ""]
-    for section in ("gpu", "link", "host", "software", "expert", "cpu"):
-        for key, value in _figures(values[section], section):
+    for section in FIGURES:
+        for key, value in _figures(values.get(section, {}), section):
             lines.append(f"{key:<36} {value}")
     return "\n".join(lines)
 

@@ -49,7 +49,8 @@ class DecodeGraphs:
 
     def __init__(self, hook: Hook, forward: Callable[..., Any], *, whole: bool = False) -> None:
         self._hook, self._forward = hook, forward
-        self._handshake = handshake_for(hook.engine) if whole else None
+        #: What steps in one graph and the host tell each other by, where there are such steps.
+        self.handshake = handshake_for(hook.engine) if whole else None
         self._chains: dict[Any, Chain | WholeStep] = {}
         self._met: set[Any] = set()
         self._captures: Counter[Any] = Counter()
@@ -143,7 +144,7 @@ class DecodeGraphs:
         return chain
 
     def _captured(self, kwargs: dict[str, Any], stream: Any) -> Chain | WholeStep:
-        shake = self._handshake
+        shake = self.handshake
         if shake is not None and runs_whole(self._hook.engine.planner, kwargs["input_ids"].numel()):
             return WholeStep(self._hook, shake, self._forward, kwargs, stream)
         return Chain(self._hook, self._forward, kwargs, stream)

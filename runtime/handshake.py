@@ -88,11 +88,16 @@ class SharedTable:
         return entry(slot, 0 if slot == ABSENT else self._ticket[slot])
 
 
-def handshake_for(engine: Engine) -> Handshake | None:
-    """The handshake of *engine*, where its device, its kernels and its processor have one."""
-    lanes = engine.lanes
+def can_shake(lanes: Lanes) -> bool:
+    """Whether the device of *lanes*, its kernels and this processor have a handshake."""
     known = platform.machine() in ORDERED and importlib.util.find_spec("triton") is not None
-    if not isinstance(lanes, CudaLanes) or not known:
+    return isinstance(lanes, CudaLanes) and known
+
+
+def handshake_for(engine: Engine) -> Handshake | None:
+    """The handshake of *engine*, where there can be one; it must see every move from the first."""
+    lanes = engine.lanes
+    if not can_shake(lanes):
         return None
     context, cache = engine.planner.context, engine.planner.cache
     slots = cache.full_slots + cache.low_slots
@@ -115,7 +120,7 @@ class Handshake:
         self._served = view_of(self.served.view(-1))
         self.stamps = torch.zeros((layers, 4), dtype=torch.int64, pin_memory=pin)
         device = lanes.device
-        self._origin_s = self._clock_s() if pin else 0.0
+        self._origin_ns = self._clock_ns() if pin else 0
         #: Events so far, and whether one was given up, as the device knows them.
         self.count = torch.zeros(2, dtype=torch.int32, device=device)
         self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
@@ -168,24 +173,32 @@ class Handshake:
         """What the device waited for in the last step, which is over: causes, begins and ends.
 
         For the host at every gate, then for the copies of the event, whose cause is in *stalls*.
-        Seconds of the clock of the lanes' marks.
+        Seconds of the clock of the lanes' marks. What the device computes meanwhile, experts that
+        are there, counts as waiting.
         """
         found = []
         for stall, stamps in zip(stalls, self.stamps.tolist(), strict=True):
-            answered, _, planned, landed = (ns * 1e-9 - self._origin_s for ns in stamps)
+            # As whole numbers: a double of all nanoseconds since 1970 is off by a hundred.
+            answered, _, planned, landed = ((ns - self._origin_ns) * 1e-9 for ns in stamps)
             found += [("host", answered, planned), (stall, planned, landed)]
         return found
 
-    def _clock_s(self) -> float:
-        """What the clock of stamps shows when that of marks is 0, as near as can be seen."""
+    def _clock_ns(self) -> int:
+        """What the clock of stamps shows when that of marks is 0, as near as can be seen.
+
+        A stamp lies somewhere between two marks: half-way, where those are nearest.
+        """
         stamp = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        apart = []
+        read, apart = self._lanes.read, []
         for _ in range(CLOCK_TRIES):
-            mark = self._lanes.mark()
+            before = self._lanes.mark()
             stamp_now(stamp)
+            after = self._lanes.mark()
             self._lanes.finish()
-            apart.append(int(stamp[0]) * 1e-9 - self._lanes.read(mark))
-        return min(apart)
+            begin_s, end_s = read(before), read(after)
+            between_ns = round((begin_s + end_s) / 2 * 1e9)
+            apart.append((end_s - begin_s, int(stamp[0]) - between_ns))
+        return min(apart)[1]
 
     def serve(self, first: int, slots: Iterable[tuple[int, int]]) -> None:
         """Where the present event reads its experts: pairs of expert and slot, *first* being

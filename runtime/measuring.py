@@ -45,6 +45,10 @@ class Measured:
     predictor: dict[str, Any] | None = None
 
 
+#: So much later than a device that waits for a copy goes on, the copy's own mark may pass: in
+#: one graph it goes by the copy's number, which is there before the mark, and by another clock.
+MARKED_LATER_S = 1e-5
+
 #: Every how many decode steps one is marked: marks cost host time of their own.
 MARK_EVERY = 16
 
@@ -215,7 +219,8 @@ class RealWorld:
         spans = [span for _, span in copies]
         for cause, begin, end in stretches:
             # Where nothing landed, what was asked for was there: the mark alone took time.
-            if cause.startswith("stall") and any(begin < landed <= end for _, landed in spans):
+            latest = end + MARKED_LATER_S
+            if cause.startswith("stall") and any(begin < landed <= latest for _, landed in spans):
                 self._stall_s += end - begin
                 self._stall_busy_s += sum(_overlap((begin, end), span) for span in spans)
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import simpy
 
-from policies.hardware import HardwareProfile, Whole
+from policies.hardware import FIGURES, HardwareProfile, Whole, load_profile
 from policies.moves import Move
 from policies.planner import Plan
 from policies.routing import Routing, Step
 from policies.whole_steps import runs_whole
+from runtime.calibration.toml import dumps
 from tests.helpers_world import Flow, Machine, Transfer, captured
 
 WHOLE = Whole(
@@ -33,6 +35,18 @@ WHOLE = Whole(
 def whole(profile: HardwareProfile, **figures: float) -> HardwareProfile:
     """*profile* with decode steps as one graph each, some *figures* of :data:`WHOLE` changed."""
     return replace(captured(profile), whole=replace(WHOLE, **figures))
+
+
+def write_profile(path: Path, profile: HardwareProfile) -> Path:
+    """*profile* as a TOML file at *path*, its figures assumed."""
+    given = (*FIGURES, "title")
+    values = {name: part for name, part in profile.to_dict().items() if name in given and part}
+    values["kind"] = "datasheet"
+    present = [name for name in FIGURES if name in values]
+    values["sources"] = dict.fromkeys(present, "assumed: for a test")
+    path.write_text(dumps(values), encoding="utf-8")
+    assert load_profile(path).whole == profile.whole
+    return path
 
 
 @dataclass

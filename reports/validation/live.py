@@ -111,7 +111,8 @@ def _lived(live: _Live, run: Run) -> Done:
     )
     # A predictor that ran beside the model has left its forecasts for the simulation.
     forecaster = replayed(request.setup.forecaster, path)
-    sim = Session(replace(request.setup, trace=str(path), batch=batch, forecaster=forecaster))
+    setup = replace(request.setup, trace=str(path), batch=batch, forecaster=forecaster)
+    sim = Session(replace(setup, compute=request.simulated))
     budget_slots = Budget(slots=found.slots)
     expected, recording = sim.run(
         policy, budget_slots, record=True, log=logs[0],

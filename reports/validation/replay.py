@@ -80,7 +80,7 @@ def replay(
     """
     start = opened or _runtime(request)
     with cut_trace(request.setup.trace, request.cut) as path:
-        setup = replace(request.setup, trace=path)
+        setup = replace(request.setup, trace=path, compute=request.simulated)
         sessions = {batch: Session(replace(setup, batch=batch)) for batch in request.batches}
         for batch, policy, budget in request.runs:
             with _called(path, request.setup.trace):

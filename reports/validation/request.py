@@ -62,6 +62,11 @@ class Request:
         ]
 
     @property
+    def simulated(self) -> str:
+        """How decode steps are simulated: as they run, which on a CPU is never in graphs."""
+        return "reference" if self.device == "cpu" else self.compute
+
+    @property
     def mode(self) -> str:
         """``replay`` or ``live``."""
         return "replay" if self.model is None else "live"

@@ -137,19 +137,22 @@ def fit_host(runs: Sequence[TimedRun]) -> HostCosts:
     )
 
 
-def fit_return(runs: Sequence[TimedRun]) -> tuple[float, float]:
+def fit_return(
+    runs: Sequence[TimedRun], begin: int = LAUNCHED, device_s: float | None = None
+) -> tuple[float, float]:
     """Seconds from prefetches decided on to the next answer, and what each of them adds.
 
-    From events whose answer was there before: the host was late. A line through the medians
+    From events whose answer was there before: the host was late, because the device takes no
+    longer than *device_s* (by default a layer) from *begin* on. A line through the medians
     by the number of prefetches, as one of them may have waited for a large copy besides.
     Nothing if there are none.
     """
     groups: dict[int, list[float]] = {}
     for run in runs:
-        late_s = layer_s(run)
+        late_s = layer_s(run) if device_s is None else device_s
         for counts, times in zip(run.counts, run.times.tolist(), strict=True):
             for one, now, after in zip(counts, times, times[1:], strict=False):
-                busy = now[FETCHED] - now[LAUNCHED] > late_s
+                busy = now[FETCHED] - now[begin] > late_s
                 if busy and one.prefetch and not (one.demand or one.apart or one.late):
                     groups.setdefault(one.prefetch, []).append(after[ANSWERED] - now[FETCHED])
     if not groups:

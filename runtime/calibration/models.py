@@ -18,7 +18,6 @@ from runtime.calibration.shapes import (
     LEAST_FLOOR,
     LONG_CACHE,
     PARAM_BYTES,
-    PROMPT,
     SEQUENCES,
     SEVERAL,
     SHORT_CACHE,
@@ -26,10 +25,12 @@ from runtime.calibration.shapes import (
     Decoding,
     middle_dimensions,
     offloaded,
+    short_prompt,
     tiny_dimensions,
     with_published_heads,
 )
 from runtime.calibration.timed import quiet_layer_s
+from runtime.calibration.whole_layers import WholeLayer, WholeLayers, whole_graphs, whole_layer
 from runtime.eventclock import EventClock, Times
 from traces.sizes import Dimensions
 
@@ -102,26 +103,30 @@ def kv_time(sequences: Sequence[int], short_s: Sequence[float], long_s: Sequence
 
 def measure_layers(
     bench: Bench, reads: Reads, sync_s: float, advance: Callable[[], None]
-) -> Layers:
+) -> tuple[Layers, WholeLayers]:
     """Floors and cache reading of every family; empty where nothing can be captured.
 
+    Of chains of graphs, and of the same layers where steps are one graph each, if they can be.
     *sync_s* is what a gate's answer takes to the host: no part of a layer.
     """
-    found = Layers.empty()
+    found, wholes = Layers.empty(), WholeLayers.empty()
     for family in FAMILIES if not bench.quick else (TYPICAL,):
         if bench.cuda:
-            _measure_layer(family, bench, reads, sync_s, found)
+            _measure_layer(family, bench, reads, sync_s, (found, wholes))
         advance()
     if found.floor_s:
         for figures in found:
             figures["any"] = statistics.mean(figures.values())
-    return found
+    return found, wholes
 
 
-def _measure_layer(family: str, bench: Bench, reads: Reads, sync_s: float, into: Layers) -> None:
+def _measure_layer(
+    family: str, bench: Bench, reads: Reads, sync_s: float, found: tuple[Layers, WholeLayers]
+) -> None:
     """Note what one layer of *family* takes, unless its decode steps run eagerly."""
+    into, wholes = found
     dims = middle_dimensions(family, FLOOR_LAYERS)
-    middle = layer_times(family, bench, dims, [(SHORT_CACHE, 1), (SHORT_CACHE, SEVERAL)])
+    middle, in_one = _both_ways(family, bench, dims)
     if not middle:
         return
     headed = with_published_heads(family, tiny_dimensions(family, FEW_LAYERS, wide=True))
@@ -133,12 +138,35 @@ def _measure_layer(family: str, bench: Bench, reads: Reads, sync_s: float, into:
     into.kv_efficiency[family] = kept.efficiency(_token_bytes(headed) / reads.memory_rate)
     into.kv_token_s[family] = kept.token_s
     cached = _token_bytes(dims) / (into.kv_efficiency[family] * reads.memory_rate)
+
+    def read_s(experts: float, tokens: int) -> float:
+        kept_s = SHORT_CACHE * (kept.token_s + tokens * cached)
+        return reads.weights_s(dims, experts, tokens) + kept_s
+
     for floors, one, tokens in zip(
         (into.floor_s, into.several_s), middle, (1, SEVERAL), strict=True
     ):
-        known = sync_s + reads.weights_s(dims, one.experts, tokens)
-        known += SHORT_CACHE * (kept.token_s + tokens * cached)
+        known = sync_s + read_s(one.experts, tokens)
         floors[family] = max(one.seconds - known, LEAST_FLOOR * one.seconds)
+    for whole, tokens in zip(in_one, (1, SEVERAL), strict=False):
+        wholes.note(family, whole, read_s(whole.experts, tokens), several=tokens > 1)
+
+
+def _both_ways(
+    family: str, bench: Bench, dims: Dimensions
+) -> tuple[list[LayerTime], list[WholeLayer]]:
+    """What a layer takes for one sequence and for several, in chains and in one graph.
+
+    One model does for both. Empty where decode steps run eagerly, or not in one graph.
+    """
+    shapes = [(SHORT_CACHE, 1), (SHORT_CACHE, SEVERAL)]
+    with offloaded(family, dims.layers, bench, dims) as model:
+        graphs = whole_graphs(model)
+        middle = _layer_times(model, bench, shapes)
+        if graphs is None or not middle:
+            return middle, []
+        in_one = [one for shape in shapes for one in whole_layer(model, graphs, bench, *shape)]
+        return middle, in_one if len(in_one) == len(shapes) else []
 
 
 def _token_bytes(dims: Dimensions) -> float:
@@ -178,7 +206,11 @@ def layer_times(
     Empty where decode steps run eagerly.
     """
     with offloaded(family, dims.layers, bench, dims) as model:
-        return [one for shape in shapes for one in _layer_time(model, bench, *shape)]
+        return _layer_times(model, bench, shapes)
+
+
+def _layer_times(model: Any, bench: Bench, shapes: Sequence[tuple[int, int]]) -> list[LayerTime]:
+    return [one for shape in shapes for one in _layer_time(model, bench, *shape)]
 
 
 def _layer_time(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> list[LayerTime]:
@@ -186,9 +218,7 @@ def _layer_time(model: Any, bench: Bench, cache_tokens: int, sequences: int) -> 
     runner = model.expert_cache.runner
     graphs, engine = runner.graphs, runner.engine
     before = 0 if graphs is None else graphs.captured
-    # A prompt of few tokens leaves room for the steps below.
-    prompt = min(PROMPT, cache_tokens // 8)
-    decoding = Decoding(model, bench, cache_tokens, sequences, prompt)
+    decoding = Decoding(model, bench, cache_tokens, sequences, short_prompt(cache_tokens))
     decoding.step_s(2)
     if graphs is None or graphs.captured == before:
         return []

@@ -46,17 +46,23 @@ from runtime.calibration.shapes import (
 )
 from runtime.calibration.sources import sources_of
 from runtime.calibration.toml import dumps
+from runtime.calibration.whole_layers import WholeLayers
+from runtime.calibration.wholes import STEPS as WHOLE_STEPS
+from runtime.calibration.wholes import Wholes, measure_wholes
 from traces.writing import replacing
 
 #: Steps of progress besides those of copies, policies and families.
-OTHER_STEPS = 14
+OTHER_STEPS = 14 + WHOLE_STEPS
 
 #: Figures that must be above 0 are at least this.
 LEAST_S = 1e-9
 
 
 class Measured(NamedTuple):
-    """All that was measured; *dense*, *fused*, *layers* and *runs* only where graphs run."""
+    """All that was measured; *dense*, *fused*, *layers* and *runs* only where graphs run.
+
+    *wholes* only where a decode step can be one graph.
+    """
 
     copies: Copies
     rates: Rates
@@ -72,6 +78,7 @@ class Measured(NamedTuple):
     layers: Layers
     runs: Runs | None
     workspace_bytes: int
+    wholes: Wholes | None = None
 
 
 def steps_of_progress() -> int:
@@ -91,18 +98,19 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
     advance()
     launches = measure_launches(bench)
     advance()
-    dense = fused = low = runs = None
+    dense = fused = low = runs = wholes = None
     token_share = 0.0
-    layers = Layers.empty()
+    layers, in_one = Layers.empty(), WholeLayers.empty()
     if bench.cuda:
         dense = measure_dense(bench, rates.memory_bytes_per_s)
         fused = measure_fused(bench, rates.memory_bytes_per_s)
         token_share = measure_token_share(bench, rates.memory_bytes_per_s, fused)
         low = measure_low(bench, rates.memory_bytes_per_s)
         reads = Reads(rates.memory_bytes_per_s, dense.beta, fused.beta, token_share)
-        layers = measure_layers(bench, reads, graphs.sync_s, advance)
+        layers, in_one = measure_layers(bench, reads, graphs.sync_s, advance)
     if layers.floor_s:
         runs = measure_runs(bench, copies, advance)
+        wholes = measure_wholes(bench, in_one, runs.host, advance)
     # A run tells more; without one, what policies take when they are replayed in Python.
     known = () if runs is None else runs.host.planning
     alone = [name for name in POLICIES.classes() if name not in known]
@@ -121,6 +129,7 @@ def measure(bench: Bench, advance: Callable[[], None] = lambda: None) -> Measure
         layers=layers,
         runs=runs,
         workspace_bytes=measure_workspace(bench),
+        wholes=wholes,
     )
 
 
@@ -151,6 +160,7 @@ def profile_values(bench: Bench, found: Measured) -> dict[str, Any]:
         "link": _link(found),
         "host": _host(found),
         "software": _software(found),
+        **_whole(found),
         "expert": {
             "kernels": found.launches.expert_kernels,
             "memory_efficiency": found.experts.memory_efficiency,
@@ -193,6 +203,12 @@ def _link(found: Measured) -> dict[str, Any]:
         h2d = h2d.longer(found.runs.copy_longer_s)
     link: dict[str, Any] = {"h2d": _direction(h2d), "d2h": _direction(copies.d2h)}
     return link | ({"wake_s": copies.wake_s} if copies.wake_s else {})
+
+
+def _whole(found: Measured) -> dict[str, Any]:
+    """Decode steps as one graph each, where they were measured; the chain's figures beside them."""
+    wholes = None if found.runs is None else found.wholes
+    return {} if wholes is None else {"whole": wholes.values()}
 
 
 def _direction(table: Table) -> dict[str, Any]:

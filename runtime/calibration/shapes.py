@@ -36,7 +36,8 @@ PROMPT = 64
 #: A prompt whose experts are not computed by the kernels of decode steps.
 LONG_PROMPT = 2 * DECODE_TOKENS
 STEPS = 60
-
+#: Steps that are run before others count: they set up and capture.
+FIRST_STEPS = 4
 
 #: A published model of each family, for the heads that its key-value cache serves.
 PUBLISHED = {
@@ -129,14 +130,22 @@ def tiny_model(family: str, layers: int, bench: Bench, dims: Dimensions | None =
     return model.to("cpu")
 
 
+def short_prompt(cache_tokens: int) -> int:
+    """Tokens of a prompt that leaves room in the cache for steps."""
+    return min(PROMPT, cache_tokens // 8)
+
+
 @contextmanager
 def offloaded(
-    family: str, layers: int, bench: Bench, dims: Dimensions | None = None
+    family: str, layers: int, bench: Bench, dims: Dimensions | None = None, compute: str = "fused"
 ) -> Iterator[Any]:
-    """The same in the runtime under ``lru``, with a slot for every expert; freed behind."""
+    """The same in the runtime under ``lru``, with a slot for every expert; freed behind.
+
+    On a GPU it computes as *compute* says (:class:`runtime.offloading.Options`).
+    """
     model = tiny_model(family, layers, bench, dims)
     # Whoever meets every expert in the prompt has them all from then on.
-    compute = "fused" if bench.cuda else "auto"
+    compute = compute if bench.cuda else "auto"
     model = offload(model, "lru", cache="100%", device=bench.device.type, compute=compute)
     try:
         yield model
@@ -162,15 +171,15 @@ class Decoding:
         starts = torch.arange(sequences, device=bench.device)[:, None] * prompt
         self._token = (starts + torch.arange(prompt, device=bench.device)) % VOCABULARY
         self._length = 0
-        self.prefill_s = self._timed()
+        self.prefill_s = self.step()
 
     @property
     def kept(self) -> list[Any]:
         """The cache's layers."""
         return list(self._cache.layers)
 
-    def _timed(self) -> float:
-        """Seconds of one step, from its input until its token is known."""
+    def step(self) -> float:
+        """Run one step; its seconds from its input until its token is known."""
         begin, self._length = self._length, self._length + self._token.shape[1]
         places = torch.arange(begin, self._length, device=self._bench.device)
         places = places.repeat(len(self._token), 1)
@@ -189,6 +198,6 @@ class Decoding:
         return time.perf_counter() - start
 
     def step_s(self, steps: int) -> float:
-        """Median seconds of a step, the first four (which set up and capture) left out."""
-        found = [self._timed() for _ in range(steps + 4)]
-        return statistics.median(found[4:])
+        """Median seconds of a step, the first (which set up and capture) left out."""
+        found = [self.step() for _ in range(steps + FIRST_STEPS)]
+        return statistics.median(found[FIRST_STEPS:])

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from policies.hardware import ANY_FAMILY
 from runtime.calibration.bench import Bench
 from runtime.calibration.copies import PASSES
+from runtime.calibration.handshakes import LAUNCH_LAYERS
 from runtime.calibration.policies import Stages
 from runtime.calibration.runs import Runs
 from runtime.calibration.shapes import SEVERAL, TYPICAL
+from runtime.calibration.wholes import LATE, QUIET, Wholes
 
 if TYPE_CHECKING:
     from runtime.calibration.run import Measured
@@ -97,6 +99,7 @@ def _graph_sources(found: Measured) -> dict[str, str]:
         "expert.low_efficiency": "the same kernels with low-precision copies alone",
         "expert.low_token_share": "the same with several tokens for each expert",
         **_run_sources(found.runs),
+        **_whole_sources(found.wholes),
     }
 
 
@@ -137,4 +140,42 @@ def _run_sources(runs: Runs | None) -> dict[str, str]:
         "software.policy_layer_s": (
             "from launch to answer in whole runs under policies that are not exact, beyond lru's"
         ),
+    }
+
+
+def _whole_sources(wholes: Wholes | None) -> dict[str, str]:
+    """Sources of what decode steps in one graph each told."""
+    if wholes is None:
+        return {}
+    ping, spread = wholes.ping, wholes.layers.handshakes_s
+    way = (
+        "half of what a gate that waits for the answer of an idle host takes beyond one that waits "
+        f"for nothing ({ping.answered_s:.2e} and {ping.alone_s:.2e} s), stamps of the device; no "
+        "clock tells the two ways apart"
+    )
+    return {
+        "whole.handshake_s": (
+            "from answer to experts found, stamps of the device in the steps of layer_floor_s, of "
+            f"gates the host was in time for; {min(spread):.2e} to {max(spread):.2e} s by model, "
+            "their median"
+        ),
+        "whole.answer_s": way,
+        "whole.notice_s": way,
+        "whole.publish_s": (
+            "host time of one or two moves in the shared table, and of issuing copies whose "
+            "landing is counted beyond that of others"
+        ),
+        "whole.follow_s": (
+            "from answer to prefetches in such steps that miss nothing, beyond policy_event_s and "
+            f"policy_access_s ({QUIET}); and from prefetches to an answer that was there before, "
+            f"less publish_s ({LATE})"
+        ),
+        "whole.launch_s": (
+            f"host time of one replay, a small {TYPICAL} of {LAUNCH_LAYERS} layers, device idle"
+        ),
+        "whole.layer_floor_s": (
+            "from answer to answer in decode steps of middle-sized models in one graph, stamps of "
+            f"the device, less handshake_s and what a layer reads; {ANY_FAMILY}: their mean"
+        ),
+        "whole.several_floor_s": f"the same with {SEVERAL} sequences",
     }
