@@ -20,6 +20,7 @@ from runtime import offload  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
 from runtime.families import find_gates, model_spec  # noqa: E402
 from sim.session import Session  # noqa: E402
+from tests.helpers import landing_in_groups  # noqa: E402
 from tests.tiny_models import tiny_model  # noqa: E402
 from traces.store import open_trace, write_trace  # noqa: E402
 
@@ -289,6 +290,23 @@ def test_what_is_given_by_position_counts():
     with torch.no_grad():
         ours, theirs = model(PADDED, MASK).logits, plain(PADDED, MASK).logits
     assert torch.equal(ours[MASK.bool()], theirs[MASK.bool()])
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("slots", [2, 3, 7])
+@pytest.mark.parametrize("together", [1, 2, 3, 100])
+def test_no_bit_depends_on_the_groups_in_which_experts_land(kernel, slots, together):
+    """Nor on waves: the reference sums up once, when all groups have been computed."""
+    plain = tiny_model("mixtral")
+    plain.set_experts_implementation(kernel)
+    model = offload(
+        tiny_model("mixtral"), slots=slots, device="cpu", compute="reference", kernel=kernel
+    )
+    size = together * model.expert_cache.runner.engine.bank.layout.size_bytes
+    with torch.no_grad(), landing_in_groups(size, 2 * size):
+        for ids in (ONE, ONE.flip(1), ONE):
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert model.expert_cache.stats()["missed"] > 0
 
 
 def test_a_static_cache_that_is_used_again():
