@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, overload
 
 from policies.routing import Routing, Step
 from traces.trace import FloatArray, IntArray
@@ -106,6 +107,85 @@ class Prediction(NamedTuple):
 Forecast = Sequence[Prediction]
 
 
+class Path(Sequence[Prediction]):
+    """Predictions as columns: a :class:`Prediction` is made only when somebody looks at one.
+
+    A path has one for every layer, and is read again at every event. *aheads* (rising),
+    *experts* and *scores* are lists of the fields, of one length. What is left of a path
+    later has the same *origin*.
+    """
+
+    __slots__ = ("aheads", "experts", "origin", "scores")
+
+    def __init__(
+        self,
+        aheads: list[int],
+        experts: list[Sequence[int]],
+        scores: list[Sequence[float]],
+        origin: object = None,
+    ) -> None:
+        self.aheads, self.experts, self.scores = aheads, experts, scores
+        self.origin = object() if origin is None else origin
+
+    @classmethod
+    def of(cls, forecast: Iterable[Prediction]) -> Path:
+        """*forecast* as columns; itself, if it is."""
+        if isinstance(forecast, Path):
+            return forecast
+        made = list(forecast)
+        return Path([p.ahead for p in made], [p.experts for p in made], [p.scores for p in made])
+
+    @classmethod
+    def of_layers(
+        cls, experts: Sequence[int], scores: Sequence[float], ends: Iterable[int]
+    ) -> Path:
+        """One for each layer, the first one event ahead.
+
+        *experts* and *scores* are those of all layers one after the other, most likely first,
+        those of a layer up to before its *ends*. A layer without any has no prediction.
+        """
+        path, first = cls([], [], []), 0
+        for ahead, end in enumerate(ends, start=1):
+            if end > first:
+                path.aheads.append(ahead)
+                path.experts.append(experts[first:end])
+                path.scores.append(scores[first:end])
+                first = end
+        return path
+
+    def __len__(self) -> int:
+        return len(self.aheads)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return map(Prediction, self.aheads, self.experts, self.scores)
+
+    @overload
+    def __getitem__(self, index: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, index: slice) -> Path: ...
+    def __getitem__(self, index: int | slice) -> Prediction | Path:
+        made: type[Prediction | Path] = Path if isinstance(index, slice) else Prediction
+        return made(self.aheads[index], self.experts[index], self.scores[index])  # type: ignore[arg-type]
+
+    def __add__(self, other: Path) -> Path:
+        """The predictions of *other* after these."""
+        columns = self.experts + other.experts, self.scores + other.scores
+        return Path(self.aheads + other.aheads, *columns)
+
+    def after(self, events: int) -> Path:
+        """What is left, as seen so many *events* later."""
+        first = bisect_right(self.aheads, events)
+        aheads = [ahead - events for ahead in self.aheads[first:]]
+        return Path(aheads, self.experts[first:], self.scores[first:], self.origin)
+
+
+def triples(forecast: Forecast) -> Iterable[tuple[int, Sequence[int], Sequence[float]]]:
+    """(ahead, experts, scores) of each prediction, making none of a :class:`Path`."""
+    if isinstance(forecast, Path):
+        return zip(forecast.aheads, forecast.experts, forecast.scores, strict=True)
+    return forecast
+
+
 class Reuse(NamedTuple):
     """How soon experts are used again, as seen from a step that has begun.
 
@@ -119,14 +199,17 @@ class Reuse(NamedTuple):
     chances: FloatArray
 
 
-class StepForecast(list[Prediction]):
+class StepForecast(Path):
     """The forecast of a step's path, which also answers what is used after the step.
 
     *reuse* is the forecaster's method of that name. It answers for the step that runs.
     """
 
+    __slots__ = ("reuse",)
+
     def __init__(self, path: Iterable[Prediction], reuse: Callable[[], Reuse | None]) -> None:
-        super().__init__(path)
+        path = Path.of(path)
+        super().__init__(path.aheads, path.experts, path.scores, path.origin)
         self.reuse = reuse
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from policies.base import Forecast, Prediction
+from policies.base import Forecast, Path, Prediction
 from policies.routing import Routing, Step
 from traces.trace import FloatArray, IntArray
 
@@ -12,7 +12,7 @@ from traces.trace import FloatArray, IntArray
 MAX_TOKENS = 64
 
 
-def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float) -> Forecast:
+def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float) -> Path:
     """The experts whose chance is at least *floor*, layer by layer, most likely first.
 
     *scores* lists the chances of all *experts* of consecutive layers from *first_layer* on,
@@ -20,21 +20,17 @@ def predictions(scores: FloatArray, first_layer: int, experts: int, floor: float
     """
     named = (scores >= floor).nonzero()[0]
     chances = scores.take(named)
-    order = (-chances).argsort(kind="stable")
-    base = first_layer * experts
-    best: list[tuple[list[int], list[float]]] = [([], []) for _ in range(len(scores) // experts)]
-    for index, chance in zip(named.take(order).tolist(), chances.take(order).tolist(), strict=True):
-        ids, values = best[index // experts]
-        ids.append(index + base)
-        values.append(chance)
-    return [
-        Prediction(ahead, ids, values) for ahead, (ids, values) in enumerate(best, start=1) if ids
-    ]
+    order = np.lexsort((-chances, named // experts))
+    ids = (named.take(order) + first_layer * experts).tolist()
+    ends = named.searchsorted(np.arange(experts, len(scores) + 1, experts)).tolist()
+    return Path.of_layers(ids, chances.take(order).tolist(), ends)
 
 
 def from_layer(path: Forecast, routing: Routing) -> Forecast:
     """What is left of *path*, made before layer 0, once the layer of *routing* has been routed."""
     passed = routing.layer + 1
+    if isinstance(path, Path):
+        return path.after(passed)
     return [Prediction(ahead - passed, ids, s) for ahead, ids, s in path if ahead > passed]
 
 
@@ -50,5 +46,7 @@ def any_of(chances: FloatArray) -> FloatArray:
 def last_rows(step: Step) -> tuple[IntArray, IntArray]:
     """Sequences of *step* and the row of each one's last token."""
     ids = step.sequence_ids if step.sequence_ids is not None else np.zeros(step.size, dtype=int)
+    if len(ids) == 1:
+        return ids, np.zeros(1, dtype=int)
     ends = np.flatnonzero(np.append(ids[1:] != ids[:-1], True))
     return ids[ends], ends

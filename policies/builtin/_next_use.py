@@ -79,6 +79,16 @@ class NextUse:
         if self._ranking and self._held[expert]:
             self._ranking.clear()
 
+    def foresee_all(
+        self, experts: Sequence[int], events: Sequence[int], chances: Sequence[float]
+    ) -> None:
+        """:meth:`foresee` of several held experts, each of them once."""
+        count = len(experts)
+        where = np.fromiter(experts, np.intp, count)
+        self._odds[where] = np.fromiter(chances, float, count)
+        self._when[where] = np.fromiter(events, float, count) / self._layers
+        self._ranking.clear()
+
     def forget(self, expert: int) -> None:
         """What was foreseen of *expert* is over."""
         self._odds[expert] = 0.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import filterfalse
 from typing import ClassVar
 
-from policies.base import Context, Forecast, Policy, StepForecast
+from policies.base import Context, Forecast, Path, Policy, StepForecast, triples
 from policies.builtin._counted import BesideLru, Displaced, Duel
 from policies.builtin._next_use import NextUse
 from policies.future import NEVER
@@ -77,6 +78,8 @@ class Predictive(Policy):
         self._held: set[int] = set()
         self._due: dict[int, int] = {}
         self._named: dict[int, list[int]] = {}
+        #: The origin of the step's path, if it names a layer once: held ones have been noted.
+        self._noted: object = None
         self._fetched: dict[int, int] = {}
 
     def on_route(self, routing: Routing) -> None:
@@ -153,25 +156,39 @@ class Predictive(Policy):
         if ask is not None and self._next_use is None and self.evict == "reuse":
             self._next_use = NextUse(self._context, self.age, self._held)
         self._displaced.begin()
+        self._noted = None
         if self._beside is not None:
             self._beside.begin()
         if self._next_use is not None:
             self._pinned = ()
             self._duel.begin()
             self._next_use.begin(step.number * self._context.layers, ask)
-            self._protect(forecast)
+            path = Path.of(forecast)
+            if self.protect:
+                self._protect(path, self._next_use)
+            if not path or path.aheads[-1] <= self._context.layers:
+                self._noted = path.origin
         return self._wanted(forecast)
 
-    def _protect(self, forecast: Forecast) -> None:
-        """Note the held experts that *forecast* names, before anything is fetched."""
-        for ahead, experts, scores in forecast:
-            event = self._now + ahead
+    def _protect(self, path: Path, next_use: NextUse) -> None:
+        """Note the held experts that *path* names, before anything is fetched."""
+        now, held, due, confidence = self._now, self._held, self._due, self.confidence
+        foreseen: list[int] = []
+        events: list[int] = []
+        chances: list[float] = []
+        for ahead, experts, scores in triples(path):
+            event = now + ahead
             named = self._named.setdefault(event, [])
             for expert, score in zip(experts, scores, strict=True):
-                if score < self.confidence:
+                if score < confidence:
                     break
-                if expert in self._held and self._due.get(expert, NEVER) > event:
-                    self._note(expert, event, score, named)
+                if expert in held and due.get(expert, NEVER) > event:
+                    due[expert] = event
+                    named.append(expert)
+                    foreseen.append(expert)
+                    events.append(event)
+                    chances.append(score)
+        next_use.foresee_all(foreseen, events, chances)
 
     def _note(self, expert: int, event: int, chance: float, named: list[int]) -> None:
         """Held *expert* is foreseen for *event*, earlier than before; *named* lists those."""
@@ -188,7 +205,8 @@ class Predictive(Policy):
         """Note what is foreseen; yield what is worth fetching, nearest layer first."""
         held, due, confidence = self._held, self._due, self.confidence
         next_use = self._next_use
-        for ahead, experts, scores in forecast:
+        price: tuple[float, float] | None = None
+        for ahead, experts, scores in triples(self._near(forecast)):
             event = self._now + ahead
             named = self._named.setdefault(event, [])
             for expert, score in zip(experts, scores, strict=True):
@@ -198,7 +216,8 @@ class Predictive(Policy):
                     if due.get(expert, NEVER) > event:
                         self._note(expert, event, score, named)
                 elif ahead <= self.horizon:
-                    if score < self._least_chance(ahead):
+                    price = price or self._price()
+                    if score < self._least_chance(ahead, price):
                         break
                     due[expert] = self._fetched[expert] = event
                     self._promised += score
@@ -206,27 +225,44 @@ class Predictive(Policy):
                     if next_use is not None:
                         next_use.foresee(expert, event, score)
                     yield expert
+                    price = None
 
-    def _least_chance(self, ahead: int) -> float:
+    def _near(self, forecast: Forecast) -> Forecast:
+        """What of *forecast* there may be anything to do for.
+
+        Of the step's own path that is what is near enough to be fetched: who is held has been
+        noted, and who is named for later is placed for no other event.
+        """
+        if not isinstance(forecast, Path) or forecast.origin is not self._noted:
+            return forecast
+        return forecast[: bisect_right(forecast.aheads, self.horizon)]
+
+    def _least_chance(self, ahead: int, price: tuple[float, float]) -> float:
         """The chance at which a prefetch for *ahead* events from now starts to pay.
 
-        Gain p * hidden against cost caution * missing * spill, both in seconds: *hidden* is
-        what the layers until then cover of a transfer that starts when the link is free,
-        *spill* how long it still occupies the link at the next gate.
+        Gain p * hidden against what it costs, both in seconds: *hidden* is what the layers
+        until then cover of a transfer that starts when the link is free.
+        """
+        hidden = min(self._transfer_s, ahead * self._layer_s - self._lag_s)
+        cost, honest = price
+        if hidden <= 0.0 or honest <= 0.0:
+            return 2.0
+        return cost / (hidden * honest)
+
+    def _price(self) -> tuple[float, float]:
+        """What a prefetch costs now, in seconds, and the share of chances that come true.
+
+        The cost is caution * missing * spill, where *spill* is how long the transfer still
+        occupies the link at the next gate, and what it must win in any case.
         """
         transfer, layer = self._transfer_s, self._layer_s
-        hidden = min(transfer, ahead * layer - self._lag_s)
-        if hidden <= 0.0:
-            return 2.0
         spill = min(max(0.0, self._lag_s + transfer - layer), 2.0 * transfer)
         wasted = self._displaced.wasted if self._beside is None else 0.0
         cost = self.caution * self._missing * spill + (self.margin + wasted) * transfer
         honest = min(1.0 - wasted, self._kept / self._promised)
         if self._beside is not None:
             honest = min(honest, self._beside.worth)
-        if honest <= 0.0:
-            return 2.0
-        return cost / (hidden * honest)
+        return cost, honest
 
     def victims(self, incoming: int) -> Iterator[int]:
         """The farthest next use first, where it is known; a prefetch displaces farther ones only.

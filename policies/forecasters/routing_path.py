@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from policies.base import Context, Forecast, Forecaster, Prediction, Reuse, StepForecast
+from policies.base import Context, Forecast, Forecaster, Path, Reuse, StepForecast
 from policies.forecasting import MAX_TOKENS, any_of, from_layer, last_rows, predictions
 from policies.registry import parameter, register_forecaster
 from policies.routing import Routing, Step
 from policies.sidecar import FULL, Sidecar, read_sidecar
 from traces.errors import InputError
 from traces.trace import FloatArray, IntArray, Trace
+
+#: The chance that each score of a file stands for.
+_CHANCES = np.arange(FULL + 1, dtype=np.float32) / np.float32(FULL)
+_FALLING = _CHANCES[::-1].copy()
+
+
+class _Order:
+    """Experts with their scores as whole numbers, which sort by layer, falling score, rising id."""
+
+    def __init__(self, context: Context) -> None:
+        layers = np.arange(context.layers)[:, None]
+        self._bits = context.total.bit_length()
+        #: Of a layer's first expert with a score of 0, [L, 1]; what each score takes off.
+        lowest = (layers * (FULL + 1) + FULL) << self._bits
+        self._first = lowest + layers * context.experts
+        self._off = np.arange(FULL + 1) << self._bits
+        self._ends = np.arange(1, context.layers + 1) * (FULL + 1) << self._bits
+
+    def keys(self, ids: IntArray, scores: IntArray) -> IntArray:
+        """The numbers [L, m] of *ids* within their layers [L, m] with *scores* uint8 [L, m]."""
+        made: IntArray = self._first + ids - self._off.take(scores)
+        return made
+
+    def path(self, keys: IntArray) -> Path:
+        """What sorted *keys* name."""
+        chances = _FALLING.take((keys >> self._bits) & FULL)
+        experts = keys & ((1 << self._bits) - 1)
+        ends = keys.searchsorted(self._ends).tolist()
+        return Path.of_layers(experts.tolist(), chances.tolist(), ends)
 
 
 @register_forecaster("routing-path")
@@ -52,18 +82,30 @@ class RoutingPath(Forecaster):
     def reset(self, context: Context) -> None:
         self._sidecar.check_model(context)
         self._context = context
+        self._arrays: Mapping[str, Any] = self._sidecar.arrays
         self._path: Forecast = ()
-        self._last_rows: IntArray | None = None
+        #: The step that runs, and the rows of its tokens.
+        self._step: tuple[Step, IntArray] | None = None
+        #: The first expert of every layer, [L, 1].
+        self._first = np.arange(0, context.total, context.experts)[:, None]
+        self._order = _Order(context)
+        #: The least score that names an expert.
+        self._least = int(np.searchsorted(_CHANCES, np.float32(self.floor)))
 
     def on_step(self, step: Step) -> Forecast:
-        self._path, self._last_rows = (), None
+        self._path, self._step = (), None
         if step.token_ids is None or step.sequence_ids is None or step.positions is None:
             return ()
-        rows = self._sidecar.rows(step.sequence_ids, step.positions, step.token_ids)
-        self._last_rows = rows[last_rows(step)[1]]
-        path: list[Prediction] = []
+        return self._forecast(
+            step, self._sidecar.rows(step.sequence_ids, step.positions, step.token_ids)
+        )
+
+    def _forecast(self, step: Step, rows: IntArray) -> Forecast:
+        """The forecast of *step*, of whose tokens *rows* tell."""
+        self._step = step, rows
+        path = Path([], [], [])
         if step.size <= MAX_TOKENS:
-            path += predictions(self._chances(rows), 0, self._context.experts, self.floor)
+            path = self._named(rows)
             if self.beyond:
                 path += self._next_step()
         self._path = path
@@ -74,25 +116,42 @@ class RoutingPath(Forecaster):
 
     def reuse(self) -> Reuse | None:
         """What the last token of each sequence of the step says of the tokens after it."""
-        rows, windows = self._last_rows, self._sidecar.windows
-        if rows is None or not windows:
+        windows = self._sidecar.windows
+        if self._step is None or not windows:
             return None
-        rising = sorted(range(len(windows)), key=windows.__getitem__)
-        chances = any_of(self._sidecar.arrays["reuse"][rows] / np.float32(FULL))
-        return Reuse([windows[i] for i in rising], chances.reshape(len(windows), -1)[rising])
+        step, rows = self._step
+        last = rows[last_rows(step)[1]]
+        chances = any_of(self._arrays["reuse"][last] / np.float32(FULL)).reshape(len(windows), -1)
+        rising = sorted(windows)
+        if rising != list(windows):
+            chances = chances[[windows.index(window) for window in rising]]
+        return Reuse(rising, chances)
+
+    def _named(self, rows: IntArray) -> Path:
+        """The experts that the tokens *rows* are likely to take, layer by layer."""
+        if len(rows) == 1 and self._least > 0:
+            return self._named_by_one(rows[0])
+        return predictions(self._chances(rows), 0, self._context.experts, self.floor)
+
+    def _named_by_one(self, row: int) -> Path:
+        """The same for one token, of which only the experts that are named need to be sorted."""
+        scores = self._arrays["scores"][row]
+        keys = self._order.keys(self._arrays["experts"][row], scores)[scores >= self._least]
+        keys.sort()
+        return self._order.path(keys)
 
     def _chances(self, rows: IntArray) -> FloatArray:
         """Chance that any of the tokens *rows* takes each expert, [L * E]."""
-        arrays, context = self._sidecar.arrays, self._context
-        named = arrays["experts"][rows].astype(np.int64)
-        chances = np.zeros((len(rows), context.layers, context.experts), np.float32)
-        np.put_along_axis(chances, named, arrays["scores"][rows] / np.float32(FULL), axis=2)
-        return any_of(chances.reshape(len(rows), -1))
+        arrays, context = self._arrays, self._context
+        chances = np.zeros((len(rows), context.total), np.float32)
+        where = arrays["experts"][rows] + self._first
+        where += np.arange(len(rows))[:, None, None] * context.total
+        chances.reshape(-1)[where] = arrays["scores"][rows] / np.float32(FULL)
+        return any_of(chances)
 
-    def _next_step(self) -> list[Prediction]:
+    def _next_step(self) -> Path:
         """The next step's events, as far from the present as they are."""
         reuse, layers = self.reuse(), self._context.layers
         assert reuse is not None
         chances = reuse.chances[reuse.windows.index(1)]
-        found = predictions(chances, 0, self._context.experts, self.floor)
-        return [p._replace(ahead=p.ahead + layers) for p in found]
+        return predictions(chances, 0, self._context.experts, self.floor).after(-layers)

@@ -35,35 +35,36 @@ class Cache:
 
     def __init__(self, model: Predictor) -> None:
         spec = model.spec
-        self._store = torch.zeros(
+        store = torch.zeros(
             spec.blocks, 2, FIRST_ROWS, spec.heads, FIRST_COLUMNS, spec.d_kv,
             device=next(model.parameters()).device,
         )  # fmt: skip
+        self._keep(store)
 
-    @property
-    def columns(self) -> int:
-        """Columns there is room for."""
-        return self._store.shape[4]
+    def _keep(self, store: Tensor) -> None:
+        """Use *store*. Its sizes and address are asked at every step, a tensor answers slowly."""
+        self._store = store
+        #: Rows and columns there is room for.
+        self.rows, self.columns = store.shape[2], store.shape[4]
+        #: Where it lies: another one after it has grown.
+        self.address = store.data_ptr()
 
     @property
     def size_bytes(self) -> int:
         """What it takes."""
         return self._store.numel() * self._store.element_size()
 
-    @property
-    def address(self) -> int:
-        """Where it lies: another one after it has grown."""
-        return self._store.data_ptr()
-
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for so many *rows* and *columns*."""
+        if rows <= self.rows and columns <= self.columns:
+            return
         old = self._store
         shape = list(old.shape)
         for axis, needed in ((2, rows), (4, columns)):
             shape[axis] = _grown(shape[axis], needed)
-        if shape != list(old.shape):
-            self._store = old.new_zeros(shape)
-            self._store[:, :, : old.shape[2], :, : old.shape[4]] = old
+        store = old.new_zeros(shape)
+        store[:, :, : old.shape[2], :, : old.shape[4]] = old
+        self._keep(store)
 
     def put(self, block: int, rows: Tensor, columns: Tensor, fresh: KeysValues) -> None:
         """Keep *fresh* keys and values [B, heads, S, d_kv] at *rows* [B], *columns* [B, S]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +53,22 @@ class Spent:
         self.stream_s += pending.stream_s
 
 
+class _Measured:
+    """Adds the time of a block to *spent*, without what is added to its *wait_s* inside."""
+
+    __slots__ = ("_spent", "_start", "_waited")
+
+    def __init__(self, spent: Spent) -> None:
+        self._spent = spent
+
+    def __enter__(self) -> None:
+        self._start, self._waited = time.perf_counter(), self._spent.wait_s
+
+    def __exit__(self, *error: object) -> None:
+        spent = self._spent
+        spent.host_s += time.perf_counter() - self._start - (spent.wait_s - self._waited)
+
+
 @dataclass
 class Costs:
     """:class:`Spent` by phase, and how many next tokens were *guessed*, how many rightly."""
@@ -62,15 +77,9 @@ class Costs:
     guessed: int = 0
     guessed_right: int = 0
 
-    @contextmanager
-    def measured(self, phase: str) -> Iterator[Spent]:
-        """What the block takes is the host's, without what is added to *wait_s* inside."""
-        spent = self.phases[phase]
-        start, waited = time.perf_counter(), spent.wait_s
-        try:
-            yield spent
-        finally:
-            spent.host_s += time.perf_counter() - start - (spent.wait_s - waited)
+    def measured(self, phase: str) -> _Measured:
+        """What a block takes is the host's, without what is added to *wait_s* inside."""
+        return _Measured(self.phases[phase])
 
 
 @dataclass(frozen=True)
@@ -93,15 +102,19 @@ class _Guess:
 class Forecasts(Mapping[str, Any]):
     """The arrays of one step of *count* tokens, waited for when the first is asked for.
 
-    They must be asked for, if at all, before the next step is read.
+    They must be asked for, if at all, before the next step is read or foreseen, and lie in memory
+    that it may write again: :meth:`fetch` copies them.
     """
 
     def __init__(self, packing: Packing, count: int, parts: Sequence[_Part], spent: Spent) -> None:
         self._packing, self._count, self._parts, self._spent = packing, count, parts, spent
         self._found: Packed | None = None
+        self._own = False
 
     def __getitem__(self, name: str) -> Any:
-        return self.fetch()[name]
+        if self._found is None:
+            self._found, self._parts = self._fetch(), ()
+        return self._found[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(("experts", "scores", "reuse"))
@@ -110,9 +123,10 @@ class Forecasts(Mapping[str, Any]):
         return 3
 
     def fetch(self) -> Packed:
-        """All arrays, on the host."""
-        if self._found is None:
-            self._found, self._parts = self._fetch(), ()
+        """All arrays, in memory of their own."""
+        if not self._own:
+            self._found, self._own = {name: self[name].copy() for name in self}, True
+        assert self._found is not None
         return self._found
 
     def settle(self) -> None:
@@ -130,10 +144,10 @@ class Forecasts(Mapping[str, Any]):
         packing, parts = self._packing, self._parts
         self._count_costs()
         if len(parts) == 1 and len(parts[0].rows) == self._count:
-            return packing.unpack(parts[0].pending.take())
+            return parts[0].pending.take()
         found = packing.nothing(self._count)
         for part in parts:
-            for name, values in packing.unpack(part.pending.take()).items():
+            for name, values in part.pending.take().items():
                 found[name][part.rows] = values
         return found
 
@@ -198,6 +212,11 @@ class Follower:
         assert tokens is not None
         assert step.sequence_ids is not None
         assert step.positions is not None
+        if self._goes_on(step):
+            pending = self._one_token(self._last, tokens.tolist())
+            parts = [_Part(np.arange(step.size), pending)]
+            self._latest = Forecasts(self.packing, step.size, parts, spent)
+            return self._latest
         spans = _spans(step.sequence_ids)
         self._forget(spans, step.positions)
         ids = {s: tokens[rows].tolist() for s, rows in spans.items()}
@@ -208,6 +227,7 @@ class Follower:
         if unknown:
             self._begin(unknown, {s: [] for s in unknown}, spans, 0)
         parts += self._decode(rest, ids, spans)
+        self._guess = None
         self._last = list(spans)
         self._latest = Forecasts(self.packing, step.size, parts, spent)
         return self._latest
@@ -220,13 +240,13 @@ class Follower:
         """
         costs, last = self.costs, self._last
         worthwhile = costs.guessed < TRIALS or 2 * costs.guessed_right > costs.guessed
-        if not self._guesses or not worthwhile or len(logits) != len(last):
+        if not self._guesses or not worthwhile or logits.shape[0] != len(last):
             return
         if any(s not in self._live or self._room(s) < 1 for s in last):
             return
         with costs.measured(DECODE):
-            shape = self._stepper.issue(last, logits.argmax(dim=-1))
-            self._guess = _Guess(list(last), shape, shape.pending)
+            shape = self._stepper.guess(last, logits)
+            self._guess = _Guess(last, shape, shape.pending)
             costs.guessed += 1
 
     def warm(self, count: int, prompt: int, decoded: int) -> None:
@@ -258,6 +278,20 @@ class Follower:
         """Wait for what is under way."""
         if self._cuda:
             self._live.stream.synchronize()  # type: ignore[union-attr]
+
+    def _goes_on(self, step: Step) -> bool:
+        """Whether *step* has the next token of each sequence of the step before, and no other.
+
+        Nearly all steps do, and there is little to find out about them.
+        """
+        last = self._last
+        return (
+            step.phase == DECODE
+            and step.size == len(last)
+            and step.sequence_ids.tolist() == last  # type: ignore[union-attr]
+            and all(step.positions.tolist())  # type: ignore[union-attr]
+            and all(s in self._live and self._room(s) >= 1 for s in last)
+        )
 
     def _room(self, sequence: int) -> int:
         """Tokens that the decoder still reads of *sequence*."""
@@ -312,20 +346,20 @@ class Follower:
             count = min(len(ids[sequence]), self._room(sequence))
             if count:
                 lengths.setdefault(count, []).append(sequence)
-        guess, self._guess = self._guess, None
         parts = []
         for count, members in lengths.items():
             rows = np.concatenate([spans[s][:count] for s in members])
             tokens = [ids[s][:count] for s in members]
             if count == 1:
-                pending = self._one_token(members, [row[0] for row in tokens], guess)
+                pending = self._one_token(members, [row[0] for row in tokens])
             else:
                 pending = self._several(members, tokens)
             parts.append(_Part(rows, pending))
         return parts
 
-    def _one_token(self, members: list[int], tokens: list[int], guess: _Guess | None) -> Pending:
+    def _one_token(self, members: list[int], tokens: list[int]) -> Pending:
         live = self._live
+        guess, self._guess = self._guess, None
         live.check(tokens)
         pending = None
         if guess is not None and guess.sequences == members:
@@ -356,7 +390,7 @@ class Follower:
         for first in range(0, len(states), most):
             part = slice(first, first + most)
             host[part].copy_(self.packing.pack(*live.chances(states[part])), non_blocking=True)
-        return Pending(host, begun, marked(live))
+        return Pending(self.packing.unpack(host.numpy()), begun, marked(live))
 
 
 def _spans(sequences: IntArray) -> dict[int, IntArray]:

@@ -26,15 +26,7 @@ from runtime.predictor.keeping import KeptForecasts
 from runtime.predictor.names import forecasts_beside
 from traces.errors import InputError
 from traces.model import ModelSpec
-from traces.trace import IntArray, TokenSequence
-
-
-@dataclass(frozen=True)
-class _OfStep(Sidecar):
-    """The forecasts of the step that runs, with the face of a file of them."""
-
-    def rows(self, sequences: IntArray, positions: IntArray, tokens: IntArray) -> IntArray:
-        return np.arange(len(tokens))
+from traces.trace import TokenSequence
 
 
 @dataclass
@@ -54,7 +46,8 @@ class LivePath(RoutingPath):
         spec = stored.spec
         if self.beyond and 1 not in spec.windows:
             raise InputError(f"{self.file}: has the windows {spec.windows}, expected 1 for beyond")
-        self._sidecar = _OfStep(
+        # A file's face without its forecasts.
+        self._sidecar = Sidecar(
             Path(self.file),
             {"name": spec.model, "layers": spec.layers, "experts": spec.experts,
              "top_k": spec.top_k},
@@ -119,11 +112,10 @@ class LivePath(RoutingPath):
         with follower.costs.measured(step.phase):
             if self._kept is not None:
                 self._kept.settle()
-            forecasts = follower.read(step)
-            self._sidecar = dataclasses.replace(self._sidecar, arrays=forecasts)
+            self._arrays = forecasts = follower.read(step)
             if self._kept is not None:
                 self._kept.add(step, forecasts)
-            return super().on_step(step)
+            return self._forecast(step, np.arange(step.size))
 
     def reuse(self) -> Reuse | None:
         with self._following.costs.measured(self._phase):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,12 +97,16 @@ class LivePredictor:
 
         Nothing of the model's stream is waited for.
         """
-        cuda: Any = torch.cuda
-        with (
-            torch.inference_mode(),
-            nullcontext() if self.stream is None else cuda.stream(self.stream),
-        ):
+        with torch.inference_mode(), self.on_stream():
             yield
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """The same for what knows no gradients anyway, such as a graph."""
+        cuda: Any = torch.cuda
+        found: AbstractContextManager[Any] = (
+            nullcontext() if self.stream is None else cuda.stream(self.stream)
+        )
+        return found
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raise :class:`InputError` unless all *tokens* are of the predictor's vocabulary."""
@@ -143,8 +147,12 @@ class LivePredictor:
     def where(self, sequences: Sequence[int], count: int) -> list[list[int]]:
         """The values of a :class:`Place` for the next *count* tokens, for which it makes room."""
         rows = [self._row_of[sequence] for sequence in sequences]
-        self.own.reserve(1 + max(rows), self._reach(sequences, count)[0])
-        return [rows, [self._read[row] for row in rows], [self._prompts[row] for row in rows]]
+        read = [self._read[row] for row in rows]
+        needed = 1 + max(rows), count + max(read)
+        if needed[0] > self.own.rows or needed[1] > self.own.columns:
+            with self.beside():
+                self.own.reserve(*needed)
+        return [rows, read, [self._prompts[row] for row in rows]]
 
     def advance(self, sequences: Sequence[int], count: int) -> None:
         """*count* tokens of each of *sequences* have been read for good."""

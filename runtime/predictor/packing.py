@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class Packing:
     spec: PredictorSpec
     width: int
 
-    @property
+    @cached_property
     def _parts(self) -> tuple[int, int, int]:
         """Bytes of experts, scores and reuse in a row."""
         named = self.spec.layers * self.width
@@ -50,15 +51,14 @@ class Packing:
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def unpack(self, rows: npt.NDArray[np.uint8]) -> Packed:
-        """The arrays of *rows* [T, row_bytes], their own memory."""
-        spec, (experts, scores, _) = self.spec, self._parts
-        named = (len(rows), spec.layers, self.width)
-        reuse = (len(rows), len(spec.windows), spec.layers, spec.experts)
-        ids = np.ascontiguousarray(rows[:, :experts]).view(np.int16)
+        """The arrays of *rows* [T, row_bytes], as views of their memory."""
+        count, spec, (experts, scores, _) = len(rows), self.spec, self._parts
+        named = (count, spec.layers, self.width)
+        reuse = (count, len(spec.windows), spec.layers, spec.experts)
         return {
-            "experts": ids.reshape(named).copy(),
-            "scores": rows[:, experts : experts + scores].copy().reshape(named),
-            "reuse": rows[:, experts + scores :].copy().reshape(reuse),
+            "experts": rows[:, :experts].view(np.int16).reshape(named),
+            "scores": rows[:, experts : experts + scores].reshape(named),
+            "reuse": rows[:, experts + scores :].reshape(reuse),
         }
 
     def nothing(self, count: int) -> Packed:

@@ -8,27 +8,24 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from runtime.errors import warn_uncaptured
 from runtime.predictor.live import LivePredictor, Place
-from runtime.predictor.packing import Packing
+from runtime.predictor.packing import Packed, Packing
 from traces.errors import first_line
-
-Rows = npt.NDArray[np.uint8]
 
 
 class Pending:
-    """Rows of packed forecasts on their way to the host.
+    """Forecasts on their way to the host.
 
-    *begun* and *done* are CUDA events of the predictor's stream, None on a CPU. :attr:`wait_s` is
-    how long the host waited for them, :attr:`stream_s` how long the stream took, both once taken.
+    *host* are views of the memory that they come to. *begun* and *done* are CUDA events of the
+    predictor's stream, None on a CPU. :attr:`wait_s` is how long the host waited for them,
+    :attr:`stream_s` how long the stream took, both once taken.
     """
 
-    def __init__(self, host: Tensor, begun: Any = None, done: Any = None) -> None:
+    def __init__(self, host: Packed, begun: Any = None, done: Any = None) -> None:
         self._host, self._begun, self._done = host, begun, done
         self.wait_s = self.stream_s = 0.0
 
@@ -41,20 +38,25 @@ class Pending:
             self.stream_s = float(self._begun.elapsed_time(self._done)) * 1e-3
             self._done = None
 
-    def take(self) -> Rows:
-        """The rows, in memory that is written again by a later step."""
+    def take(self) -> Packed:
+        """The arrays, in memory that is written again by a later step."""
         self.wait()
-        rows: Rows = self._host.numpy()
-        return rows
+        return self._host
 
 
 def marked(live: LivePredictor) -> Any:
     """An event on the predictor's stream as it is now; None on a CPU."""
+    event = _event(live, timed=True)
+    if event is not None:
+        event.record(live.stream)
+    return event
+
+
+def _event(live: LivePredictor, *, timed: bool) -> Any:
+    """An event to record, again and again; None on a CPU."""
     if live.stream is None:
         return None
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record(live.stream)
-    return event
+    return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
 
 
 class Stepper:
@@ -69,71 +71,112 @@ class Stepper:
         self._graphs = graphs and live.stream is not None
         self._shapes: dict[int, _Shape] = {}
 
-    def issue(self, sequences: Sequence[int], tokens: Sequence[int] | Tensor) -> _Shape:
+    def issue(self, sequences: Sequence[int], tokens: Sequence[int]) -> _Shape:
         """Start reading the next of *tokens* of each of *sequences*, without advancing them.
 
-        *tokens* may be a tensor [B] of the model's device and current stream. The answer of the
-        step before must have been taken, or not be wanted any more.
+        The answer of the step before must have been taken, or not be wanted any more.
         """
+        where = self._live.where(sequences, 1)
+        shape = self._shape(len(sequences))
+        shape.issue(where, tokens)
+        return shape
+
+    def guess(self, sequences: Sequence[int], logits: Tensor) -> _Shape:
+        """The same with the tokens that *logits* [B, V] make most likely.
+
+        *logits* are of the model's device and current stream.
+        """
+        where = self._live.where(sequences, 1)
+        shape = self._shape(len(sequences))
+        shape.guess(where, logits)
+        return shape
+
+    def _shape(self, count: int) -> _Shape:
         live = self._live
-        with live.beside():
-            where = live.where(sequences, 1)
         known = live.own.address, live.prompt.address
-        shape = self._shapes.get(len(sequences))
+        shape = self._shapes.get(count)
         if shape is None or shape.known != known:
             if shape is not None:
                 shape.finish()
-            shape = _Shape(live, self._packing, len(sequences), self._graphs)
-            self._shapes[len(sequences)] = shape
-        shape.issue(where, tokens)
+            shape = self._shapes[count] = _Shape(live, self._packing, count, self._graphs)
         return shape
 
 
 class _Shape:
-    """Buffers and graph of steps of *count* sequences over caches as they are now."""
+    """Buffers and graph of steps of *count* sequences over caches as they are now.
+
+    All that a step needs is kept from step to step: a tensor, a view or an event that is made
+    costs the host as much as a launch.
+    """
 
     def __init__(self, live: LivePredictor, packing: Packing, count: int, graphs: bool) -> None:
         self._live, self._packing = live, packing
         self.known = live.own.address, live.prompt.address
         pin = live.stream is not None
-        self._in = torch.zeros(4, count, dtype=torch.int64, pin_memory=pin)
+        self._in = torch.zeros(3, count, dtype=torch.int64, pin_memory=pin)
+        self._ids = torch.zeros(count, dtype=torch.int64, pin_memory=pin)
         self._read = torch.zeros(count, dtype=torch.int64, pin_memory=pin)
         self._out = torch.zeros(count, packing.row_bytes, dtype=torch.uint8, pin_memory=pin)
-        with live.beside():
-            self._inputs = torch.zeros(4, count, dtype=torch.int64, device=live.device)
+        self._in_values, self._id_values = self._in.numpy(), self._ids.numpy()
+        self._read_values, self._found = self._read.numpy(), packing.unpack(self._out.numpy())
+        # No inference tensors: a guess is written outside of that mode.
+        with torch.inference_mode(False), live.on_stream():
+            self._place = torch.zeros(3, count, dtype=torch.int64, device=live.device)
+            self._tokens = torch.zeros(count, dtype=torch.int64, device=live.device)
+        self._begun, self._done = _event(live, timed=True), _event(live, timed=True)
+        self._asked = _event(live, timed=False)
+        if live.stream is not None:
+            # The model's stream writes the tokens of a guess: not before these are made, and
+            # not while memory that they have taken over is still in use.
+            live.stream.synchronize()
         self._graph: Any = None
         self._capture_in = 1 if graphs else -1
-        self.pending = Pending(self._out)
+        self.pending = Pending(self._found)
 
     @property
     def tokens(self) -> list[int]:
         """The ids that were read, once the step has been taken."""
-        found: list[int] = self._read.tolist()
+        found: list[int] = self._read_values.tolist()
         return found
 
     def finish(self) -> None:
         """Wait until nothing of this is in use."""
         self.pending.wait()
 
-    def issue(self, where: Sequence[Sequence[int]], tokens: Sequence[int] | Tensor) -> None:
+    def issue(self, where: Sequence[Sequence[int]], tokens: Sequence[int]) -> None:
         """Start the step at *where* (rows, columns and lengths [B]) with *tokens* [B]."""
         # The buffers below may still be read by a step that nobody wanted.
         self.pending.wait()
-        chosen = tokens if isinstance(tokens, Tensor) else None
-        values = [*where, [0] * len(where[0]) if chosen is not None else list(tokens)]
-        self._in.numpy()[:] = values
+        self._in_values[:] = where
+        self._id_values[:] = tokens
+        self._start(self._ids)
+
+    def guess(self, where: Sequence[Sequence[int]], logits: Tensor) -> None:
+        """Start the step at *where* with the likeliest tokens of *logits* [B, V]."""
+        self.pending.wait()
+        self._in_values[:] = where
         live = self._live
-        if chosen is not None and live.stream is not None:
+        if logits.requires_grad:
+            logits = logits.detach()
+        torch.argmax(logits, dim=-1, out=self._tokens)
+        if live.stream is not None:
             cuda: Any = torch.cuda
-            live.stream.wait_stream(cuda.current_stream(live.device))
-            chosen.record_stream(live.stream)
-        with live.beside():
-            begun = marked(live)
-            self._inputs.copy_(self._in, non_blocking=True)
-            if chosen is not None:
-                self._inputs[3].copy_(chosen)
+            self._asked.record(cuda.current_stream(live.device))
+            live.stream.wait_event(self._asked)
+        self._start(None)
+
+    def _start(self, ids: Tensor | None) -> None:
+        """Run the step on the predictor's stream, with *ids* of the host if any are given."""
+        live, stream = self._live, self._live.stream
+        if stream is not None:
+            self._begun.record(stream)
+        with live.beside() if self._graph is None else live.on_stream():
+            if ids is not None:
+                self._tokens.copy_(ids, non_blocking=True)
             self._run()
-            self.pending = Pending(self._out, begun, marked(live))
+        if stream is not None:
+            self._done.record(stream)
+        self.pending = Pending(self._found, self._begun, self._done)
 
     def _run(self) -> None:
         """Replay the step, capture it or run it as it is."""
@@ -164,11 +207,12 @@ class _Shape:
         return graph
 
     def _work(self) -> None:
-        """From the inputs on the device to the rows on the host; the device alone is asked."""
+        """From where the host says the step is to the rows on the host; one graph holds it all."""
         live = self._live
-        place = Place(self._inputs[0], self._inputs[1], self._inputs[2])
+        self._place.copy_(self._in, non_blocking=True)
+        place = Place(self._place[0], self._place[1], self._place[2])
         # A model may have more outputs than ids: a wrong guess must not read beyond the table.
-        tokens = self._inputs[3].clamp(max=live.model.spec.vocabulary - 1)
+        tokens = self._tokens.clamp(max=live.model.spec.vocabulary - 1)
         states = live.decode(place, tokens[:, None], live.own.columns, live.prompt.columns)
         self._out.copy_(self._packing.pack(*live.chances(states[:, 0])), non_blocking=True)
-        self._read.copy_(self._inputs[3], non_blocking=True)
+        self._read.copy_(self._tokens, non_blocking=True)

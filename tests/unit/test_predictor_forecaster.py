@@ -120,6 +120,17 @@ def test_it_says_what_the_file_says(path: Path, trace: MemoryTrace) -> None:
         row += step.size
 
 
+@pytest.mark.parametrize("floor", [1 / 255, 0.2, 0.35, 90 / 255, 0.9, 1.0])
+def test_one_token_is_read_off_as_several_are(path: Path, trace: MemoryTrace, floor: float) -> None:
+    """The sorted file spares the sorting of all: in the same order, equal scores included."""
+    one, any_number = RoutingPath(str(path), floor=floor), RoutingPath(str(path), floor=floor)
+    for forecaster in (one, any_number):
+        forecaster.reset(context_of(trace, 8))
+    any_number._least = 0
+    for step in Batches(trace, 1).steps():
+        assert list(one.on_step(step)) == list(any_number.on_step(step))
+
+
 def test_tokens_of_a_batch_are_taken_together(path: Path, trace: MemoryTrace) -> None:
     forecaster = RoutingPath(str(path), floor=0.0)
     forecaster.reset(context_of(trace, 8))

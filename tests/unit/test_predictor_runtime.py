@@ -202,7 +202,7 @@ def steps_of(sequence):
 def followed(model, sequence, *, whole=True):
     """What a follower says of *sequence*: scores by token."""
     follower = Follower(model, 8, whole=whole, guesses=False)
-    found = [follower.read(step)["reuse"] for step in steps_of(sequence)]
+    found = [follower.read(step).fetch()["reuse"] for step in steps_of(sequence)]
     return np.concatenate(found) / 255
 
 
@@ -318,6 +318,36 @@ def test_sequences_in_changing_company():
         # A guess, right for some of the members at most.
         follower.foresee(torch.nn.functional.one_hot(torch.tensor(tokens), 20))
     assert follower.costs.guessed > 0
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_a_step_that_goes_on_is_read_as_any_other(monkeypatch, guesses):
+    """Two sequences together, of which the second begins anew without a prompt."""
+    model = small_predictor()
+    sequences = drawn_sequences([(5, 20), (3, 20)])
+
+    def said(follower):
+        ids = np.repeat([0, 1], [5, 3])
+        places = np.concatenate([np.arange(5), np.arange(3)])
+        tokens = np.concatenate([s.tokens[: s.prefill] for s in sequences])
+        found = [follower.read(step_of(PREFILL, ids, places, tokens)).fetch()]
+        for at in range(20):
+            tokens = [int(s.tokens[s.prefill + at]) for s in sequences]
+            places = [5 + at, 3 + at if at < 12 else at - 12]
+            found.append(follower.read(step_of(DECODE, [0, 1], places, tokens)).fetch())
+            coming = [int(s.tokens[min(s.prefill + at + 1, len(s) - 1)]) for s in sequences]
+            guess = torch.nn.functional.one_hot(torch.tensor(coming), 20)
+            # Whoever runs a model may want gradients of it.
+            follower.foresee(guess.float().requires_grad_())
+        return found, follower.costs.guessed_right
+
+    quick, right = said(Follower(model, 8, whole=True, guesses=guesses))
+    assert right > 10 if guesses else right == 0
+    monkeypatch.setattr(Follower, "_goes_on", lambda self, step: False)
+    slow, same = said(Follower(model, 8, whole=True, guesses=guesses))
+    assert right == same
+    for one, two in zip(quick, slow, strict=True):
+        assert all(np.array_equal(one[name], two[name]) for name in two)
 
 
 def test_ids_out_of_the_vocabulary(predictor):
@@ -449,7 +479,9 @@ class FakeGraph:
 
     def replay(self):
         FakeGraph.replayed += 1
-        FakeGraph.shape._work()
+        # Nothing that a graph does is differentiated.
+        with torch.inference_mode():
+            FakeGraph.shape._work()
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -473,7 +505,7 @@ def test_the_second_step_of_a_shape_is_captured(monkeypatch, broken):
     monkeypatch.setattr(stepping._Shape, "_run", running)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = [follower.read(step)["reuse"] for step in steps_of(sequence)]
+        found = [follower.read(step).fetch()["reuse"] for step in steps_of(sequence)]
     np.testing.assert_allclose(np.concatenate(found) / 255, expected.again, atol=0.003)
     # Columns 2 to 15, 16 to 31 and 32 to 41, the first of each as it is.
     assert FakeGraph.replayed == (0 if broken else 13 + 15 + 9)
