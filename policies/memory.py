@@ -22,8 +22,8 @@ PIECE = QUANT_GROUP * 2**17
 #: Device bytes for each weight of a piece while it is raised: its step int8, its value float32.
 PIECE_WEIGHT_BYTES = 1 + 4
 
-#: For each token and expert: keys, order, slots and experts as int64 and int32, and a mask.
-_PAIR_INDEX_BYTES = 4 * 8 + 4 + 1
+#: For each token and expert: their order as int64; slots, keys and experts as int32; a mask.
+_PAIR_INDEX_BYTES = 8 + 3 * 4 + 1
 
 #: Bytes of a float32: weighted rows are summed up in it.
 _FLOAT_BYTES = 4

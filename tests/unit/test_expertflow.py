@@ -85,15 +85,15 @@ def test_hits_are_counted_as_the_paper_does(source: Source) -> None:
 
 
 def test_speeds_have_a_floor_and_a_saving(source: Source) -> None:
+    # The tiny trace's own experts cost nothing to copy.
+    large = replace(source, sizes="qwen1.5-moe")
     rows = list(
-        speeds.rows(source, ("h200-pcie5",), (2,), ("50%", speeds.SAVING), others=("markov",))
+        speeds.rows(large, ("h200-pcie5",), (2,), ("50%", speeds.SAVING), others=("markov",))
     )
     assert [r.forecaster for r in rows[:2]] == ["oracle:accuracy=0.8", "markov"]
     row = rows[0]
     assert (row.floor_slots, row.slots) == (4, 12)
-    # Experts this small cost calls, not copies: loading on demand takes fewest.
-    assert 0 < row.lru < row.predictive
-    assert row.on_demand > 0
+    assert row.on_demand <= row.lru < row.predictive
     assert row.floor_saving > row.saving > 0
     assert row.lru_layer is not None
     assert row.vs_lru_layer is not None
