@@ -13,8 +13,8 @@ from runtime.lanes import Mark
 if TYPE_CHECKING:
     from runtime.engine import Engine
 
-#: Compute what the table holds of the event's demand (-1), or the expert in one slot.
-Compute = Callable[[int], None]
+#: Compute what the table shows of the event's demand.
+Compute = Callable[[], None]
 
 
 class Arrivals:
@@ -85,7 +85,7 @@ class Arrivals:
         if copies:
             engine.copier.wait(*copies)
             watch.split(cause)
-        self._compute(-1)
+        self._compute()
         watch.split("experts")
         self._show(slots, shown=False)
         if self._waves:

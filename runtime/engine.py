@@ -140,7 +140,7 @@ class Engine:
         if plan is NOTHING and not late:
             self.table.flush()
             self.watch.split("host")
-            compute(-1)
+            compute()
             self.watch.split("experts")
             return
         first, *further = plan.waves or [()]

@@ -21,8 +21,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 class Call(Protocol):
     """One layer's experts under way: groups are computed as they land, then summed up."""
 
-    def group(self, only: int) -> None:
-        """Compute what the table holds (-1), or what lies in slot *only*."""
+    def group(self) -> None:
+        """Compute what the table shows."""
         ...
 
     def add(self, rows: Tensor) -> None:
@@ -49,12 +49,12 @@ class _FusedCall:
         self._kernels, self._inputs = kernels, inputs
         self._out: Tensor | None = None
 
-    def group(self, only: int) -> None:
+    def group(self) -> None:
         first = self._out is None
         if self._out is None:
             self._out = torch.empty(self._inputs[0].shape, device=self._inputs[0].device)
         hidden, index, weights, table = self._inputs
-        self._kernels.run(hidden, index, weights, table, self._out, only=only, accumulate=not first)
+        self._kernels.run(hidden, index, weights, table, self._out, accumulate=not first)
 
     def add(self, rows: Tensor) -> None:
         self._out = rows.float() if self._out is None else self._out + rows
@@ -91,9 +91,8 @@ class _ReferenceCall:
         self._more: Tensor | None = None
         experts.begin(self._hidden, self._index, self._weights)
 
-    def group(self, only: int) -> None:
-        slots = self._table[self._index]
-        self._experts.add(slots if only < 0 else torch.where(slots == only, slots, -1))
+    def group(self) -> None:
+        self._experts.add(self._table[self._index])
 
     def add(self, rows: Tensor) -> None:
         self._more = rows if self._more is None else self._more + rows

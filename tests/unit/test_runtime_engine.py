@@ -78,11 +78,9 @@ class Run:
         plan, late = engine.decide(routing)
         groups = []
 
-        def compute(only):
+        def compute():
             row = engine.table.slots[layer].tolist()
-            groups.append(
-                {id: row[id] for id in ids if row[id] != ABSENT and only in (-1, row[id])}
-            )
+            groups.append({id: row[id] for id in ids if row[id] != ABSENT})
 
         def cpu(on_cpu):
             groups.append({e % EXPERTS: "cpu" for e in on_cpu})
@@ -236,7 +234,7 @@ def test_hidden_experts_come_back():
     step = run.begin()
     routing = Routing(step, 0, [1, 2], 0)
     plan, late = run.engine.decide(routing)
-    run.engine.in_groups(routing, plan, late, lambda only: None, lambda experts: None)
+    run.engine.in_groups(routing, plan, late, lambda: None, lambda experts: None)
     run.engine.hide(routing)
     assert run.engine.table.slots[0].tolist() == [ABSENT] * EXPERTS
     run.engine.after(plan, late)
@@ -256,7 +254,7 @@ def test_the_device_works_when_prefetches_are_decided():
     run = Run(Looking(), slots=4)
     routing = Routing(run.begin(), 0, [1, 2], 0)
     plan, late = run.engine.decide(routing)
-    run.engine.in_groups(routing, plan, late, lambda only: said.append("computed"), None)
+    run.engine.in_groups(routing, plan, late, lambda: said.append("computed"), None)
     assert set(said) == {"computed"}
     run.engine.after(plan, late)
     assert said[-1] == "asked"
