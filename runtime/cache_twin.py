@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The Python number that a sliding window counts its tokens in, beside a tensor.
-COUNTER = "cumulative_length_int"
-
-
-def _is_full(layer: Any) -> bool:
-    return hasattr(layer, COUNTER) and getattr(layer, COUNTER) >= layer.max_cache_len
+from runtime.window import COUNTER, is_full
 
 
 def twin_of(cache: Any) -> Any:
@@ -38,21 +33,14 @@ def _layer_twin(layer: Any, aliases: dict[int, Tensor]) -> Any:
         if isinstance(value, Tensor):
             setattr(twin, name, aliases.setdefault(id(value), value.detach()))
     if hasattr(layer, COUNTER):
-        setattr(twin, COUNTER, layer.max_cache_len if _is_full(layer) else 0)
+        setattr(twin, COUNTER, layer.max_cache_len if is_full(layer) else 0)
     return twin
-
-
-def count_step(cache: Any, tokens: int) -> None:
-    """Move the Python counters of *cache* on by the *tokens* of a step that its twin has run."""
-    for layer in cache.layers:
-        if hasattr(layer, COUNTER):
-            setattr(layer, COUNTER, getattr(layer, COUNTER) + tokens)
 
 
 def signature(cache: Any) -> tuple[Any, ...]:
     """What a step's code depends on in *cache*: kinds of layers, shapes, windows that are full."""
     return tuple(
-        (type(layer), _is_full(layer), layer.max_cache_len, *_tensor_kinds(layer))
+        (type(layer), is_full(layer), layer.max_cache_len, *_tensor_kinds(layer))
         for layer in cache.layers
     )
 
@@ -74,7 +62,7 @@ def undone(cache: Any) -> Iterator[None]:
     windows = [
         (kept, kept[:, :, :1].clone())
         for layer in cache.layers
-        if _is_full(layer)
+        if is_full(layer)
         for kept in (layer.keys, layer.values)
     ]
     try:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from runtime.hook import HostAnswer
+from runtime.hook import Hook, HostAnswer
 from runtime.maths import Inputs
+from runtime.window import COUNTER, count_step, windows
+
+#: Computes the experts of a layer [T, H] from hidden states [T, H], experts and weights [T, k].
+Experts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Counters:
     """Python numbers that a cache keeps beside its tensors: a replay does not move them."""
 
     def __init__(self, cache: Any) -> None:
-        layers = getattr(cache, "layers", [])
-        name = "cumulative_length_int"
-        self._kept = [(layer, getattr(layer, name)) for layer in layers if hasattr(layer, name)]
+        self._kept = [(layer, getattr(layer, COUNTER)) for layer in windows(cache)]
 
     def restore(self) -> None:
         """Set them to what they were."""
         for layer, count in self._kept:
-            layer.cumulative_length_int = count
+            setattr(layer, COUNTER, count)
 
 
 class GateAnswer:
@@ -30,6 +35,21 @@ class GateAnswer:
 
     def __init__(self, host: HostAnswer, inputs: Inputs) -> None:
         self.host, self.inputs = host, inputs
+
+
+@contextmanager
+def capturing(hook: Hook, experts: Experts, stream: Any) -> Iterator[None]:
+    """What runs inside is captured on *stream*: *experts* takes the calls for experts."""
+    cuda: Any = torch.cuda
+    hook.capturing = experts
+    cuda.synchronize()
+    stream.wait_stream(cuda.current_stream())
+    try:
+        with cuda.stream(stream):
+            yield
+    finally:
+        hook.capturing = None
+    cuda.current_stream().wait_stream(stream)
 
 
 class Captured:
@@ -57,7 +77,7 @@ class Captured:
         *counted* if the cache's Python counters have moved already.
         """
         if not counted:
-            _advance(cache)
+            count_step(cache, 1)
         output = _twin(self.output)
         output["logits"] = self.output.logits.clone()
         output["past_key_values"] = cache
@@ -71,13 +91,6 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         return [tensor for inner in value.values() for tensor in tensors(inner)]
     return []
-
-
-def _advance(cache: Any) -> None:
-    """Do to the Python counters of *cache* what one captured decode step would have done."""
-    for layer in getattr(cache, "layers", []):
-        if hasattr(layer, "cumulative_length_int"):
-            layer.cumulative_length_int += 1
 
 
 def _twin(output: Any) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from policies.base import Policy
-from runtime.captured import Captured, GateAnswer
+from policies.whole_steps import runs_whole
+from runtime.captured import Captured, GateAnswer, capturing
 from runtime.hook import Hook
 from runtime.maths import Fused
 
@@ -44,32 +44,19 @@ class Chain:
         """Room for experts that a graph cannot compute, if there can be such events."""
         planner = self._hook.engine.planner
         tokens = self._step.inputs["input_ids"].numel()
-        most = min(tokens * planner.context.top_k, planner.context.experts)
-        slots = planner.cache.full_slots
-        if planner.context.pool == "layer":
-            slots //= planner.context.layers
-        plain = type(planner.policy).serve is Policy.serve
-        if plain and slots >= most:
+        if not planner.serves and runs_whole(planner, tokens):
             return None
         hidden = self._hook.gates[0].hidden
         device = self._hook.engine.lanes.device
         return torch.zeros(tokens, hidden, dtype=torch.float32, device=device)
 
     def _capture(self, forward: Callable[..., Any], stream: Any) -> None:
-        cuda: Any = torch.cuda
-        self._hook.capturing = self._experts
-        cuda.synchronize()
-        stream.wait_stream(cuda.current_stream())
-        try:
-            with cuda.stream(stream):
-                self._open()
-                try:
-                    self._step.output = forward(**self._step.inputs)
-                finally:
-                    self._segments[-1].capture_end()
-        finally:
-            self._hook.capturing = None
-        cuda.current_stream().wait_stream(stream)
+        with capturing(self._hook, self._experts, stream):
+            self._open()
+            try:
+                self._step.output = forward(**self._step.inputs)
+            finally:
+                self._segments[-1].capture_end()
 
     def _open(self) -> None:
         cuda: Any = torch.cuda
@@ -134,9 +121,9 @@ class Chain:
         if extra is None:
             raise RuntimeError(f"event {routing.event}: waves came where none were foreseen")
 
-        def compute(only: int) -> None:
+        def compute() -> None:
             hidden, index, weights, table = gate.inputs
-            self._kernels.run(hidden, index, weights, table, extra, only=only, accumulate=True)
+            self._kernels.run(hidden, index, weights, table, extra, accumulate=True)
 
         def on_cpu(experts: Any) -> None:
             extra.add_(self._hook.cpu.rows(layer, experts, *gate.inputs[:3]))

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.cache_twin import COUNTER, count_step, signature, twin_of, undone
+from runtime.cache_twin import signature, twin_of, undone
 from runtime.errors import warn_uncompiled
 from runtime.hook import Hook
 from runtime.masks import full_windows, masks_are_given
-from runtime.window import make_capturable
+from runtime.window import COUNTER, count_step, make_capturable
 
 #: Shapes that are compiled; those beyond run as they are, for each takes about a minute.
 MOST_COMPILED = 8

@@ -18,17 +18,18 @@ from policies.moves import Move
 from runtime.bank import ABSENT
 from runtime.engine import Engine
 from runtime.errors import OffloadError
-from runtime.kernels.gate import stamp_now
+from runtime.kernels.gate import (
+    FAILED,
+    GUESSED,
+    NEVER,
+    PLANNED,
+    POSTED,
+    RELEASED,
+    SETTLED,
+    WORDS,
+    stamp_now,
+)
 from runtime.lanes import CudaLanes, Lanes, view_of
-
-#: A copy that has not been issued: its number is higher than that of any which has landed.
-NEVER = 2**31 - 2
-
-#: What *planned* and *settled* are when the device is to wait for nothing more.
-RELEASED = 2**31 - 1
-
-#: Words that both sides know, as in :mod:`runtime.kernels.triton_gate`.
-POSTED, GUESSED, FAILED, PLANNED, SETTLED, WORDS = 0, 1, 16, 32, 33, 64
 
 #: Processors whose stores others see in their order.
 ORDERED = ("x86_64", "AMD64")
@@ -125,9 +126,9 @@ class Handshake:
         self.count = torch.zeros(2, dtype=torch.int32, device=device)
         self.slots = torch.full((layers, experts), ABSENT, dtype=torch.int32, device=device)
         self.landed = lanes.count_landings()
-        #: Events since the start, all settled between steps.
-        #: Guesses posted so far, on the device and on the host.
+        #: Guesses posted so far, as the device knows them.
         self.guessed = torch.zeros(1, dtype=torch.int32, device=device)
+        #: Events and guesses so far, as the host knows them; all are settled between steps.
         self.events = self.guesses = 0
 
     def follow(self, engine: Engine) -> None:

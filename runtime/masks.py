@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
+from runtime.window import is_full, windows
+
 
 def full_windows(cache: Any) -> tuple[bool, ...]:
     """For each sliding layer of *cache* whether its window is full."""
-    return tuple(
-        layer.cumulative_length_int >= layer.max_cache_len
-        for layer in getattr(cache, "layers", [])
-        if hasattr(layer, "cumulative_length_int")
-    )
+    return tuple(map(is_full, windows(cache)))
 
 
 def masks_are_given(kwargs: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from policies.costs import Costs
 from policies.hardware import HardwareProfile, load_profile
 from policies.planner import Planner
 from policies.registry import FORECASTERS, POLICIES
+from policies.session import COMPUTE as WAYS
 from policies.session import POOLS, check_pool
 from policies.training import check_taught, learn
 from runtime.bank import SlotBank
@@ -40,7 +41,7 @@ from traces.errors import first_line
 from traces.model import ModelSpec
 from traces.store import open_trace
 
-COMPUTE = ("auto", "graph", "fused", "reference")
+COMPUTE = ("auto", *WAYS)
 KERNELS = ("generate", "batched_mm", "grouped_mm")
 
 

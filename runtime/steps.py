@@ -93,11 +93,7 @@ class LiveSteps:
             self._positions = np.zeros(batch, dtype=np.int64)
         mask = np.ones(tuple(tokens.shape), dtype=bool) if real is None else real
         counts = mask.sum(axis=1)
-        step = LiveStep(self._number, PREFILL if fresh else DECODE, tokens, mask)
-        if self._kept is not None:
-            # What is kept must not change when the caller writes over its tensor.
-            step.token_ids = step.token_ids
-        self._number += 1
+        step = self._new(PREFILL if fresh else DECODE, tokens, mask)
         self._real = None if real is None or real.all() else np.flatnonzero(mask.reshape(-1))
         step.sequence_ids = np.repeat(self._ids, counts)
         step.positions = np.concatenate(
@@ -105,24 +101,26 @@ class LiveSteps:
         )
         self._positions = self._positions + counts
         step.kv_tokens = int((step.positions + 1).sum())
-        return self._empty(step)
+        return step
 
     def _next_tokens(self, tokens: Any) -> Step:
         """The step that runs one more token of every sequence: what most steps are."""
         batch, positions = len(tokens), self._positions
-        step = LiveStep(self._number, DECODE, tokens, np.ones((batch, 1), dtype=bool))
-        if self._kept is not None:
-            step.token_ids = step.token_ids
-        self._number += 1
+        step = self._new(DECODE, tokens, np.ones((batch, 1), dtype=bool))
         self._real = None
         # Neither is ever written to.
         step.sequence_ids, step.positions = self._ids, positions
         step.kv_tokens = int(positions.sum()) + batch
         self._positions = positions + 1
-        return self._empty(step)
+        return step
 
-    def _empty(self, step: Step) -> Step:
-        """*step* with room for what its gates will choose."""
+    def _new(self, phase: str, tokens: Any, mask: npt.NDArray[np.bool_]) -> LiveStep:
+        """The next step, with room for what its gates will choose."""
+        step = LiveStep(self._number, phase, tokens, mask)
+        if self._kept is not None:
+            # What is kept must not change when the caller writes over its tensor.
+            step.token_ids = step.token_ids
+        self._number += 1
         step._experts = np.zeros((step.size, self._layers, self._k), dtype=np.int16)
         step._counts = []
         return step

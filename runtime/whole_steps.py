@@ -18,7 +18,7 @@ from torch import Tensor
 from policies.planner import Plan
 from policies.routing import Routing
 from policies.whole_steps import awaits_plan
-from runtime.captured import Captured, GateAnswer
+from runtime.captured import Captured, GateAnswer, capturing
 from runtime.engine import Engine
 from runtime.errors import OffloadError
 from runtime.handshake import Handshake
@@ -109,23 +109,15 @@ class WholeStep:
         self._shake.renew()
 
     def _capture(self, forward: Callable[..., Any], stream: Any) -> None:
-        cuda = _cuda()
-        self._hook.capturing = self._experts
-        cuda.synchronize()
-        stream.wait_stream(cuda.current_stream())
-        try:
-            with cuda.stream(stream):
-                self._graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self._step.output = forward(**self._step.inputs)
-                    if self._beside is not None:
-                        stream.wait_stream(self._beside)
-                finally:
-                    self._graph.capture_end()
-        finally:
-            self._hook.capturing = None
-            self._read.clear()
-        cuda.current_stream().wait_stream(stream)
+        with capturing(self._hook, self._experts, stream):
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._step.output = forward(**self._step.inputs)
+                if self._beside is not None:
+                    stream.wait_stream(self._beside)
+            finally:
+                self._graph.capture_end()
+                self._read.clear()
         if len(self._gates) != self._shake.layers:
             raise OffloadError(
                 f"a pass asked {len(self._gates)} gates, expected {self._shake.layers}"

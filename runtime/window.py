@@ -8,6 +8,25 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticSlidingWindowLayer
 
+#: The Python number that a sliding window counts its tokens in, beside a tensor.
+COUNTER = "cumulative_length_int"
+
+
+def windows(cache: Any) -> list[Any]:
+    """The layers of *cache* that are sliding windows and count in Python."""
+    return [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, COUNTER)]
+
+
+def is_full(layer: Any) -> bool:
+    """Whether *layer* is a sliding window that is full."""
+    return hasattr(layer, COUNTER) and getattr(layer, COUNTER) >= layer.max_cache_len
+
+
+def count_step(cache: Any, tokens: int) -> None:
+    """Move the Python counters of *cache* on by the *tokens* of a step that did not move them."""
+    for layer in windows(cache):
+        setattr(layer, COUNTER, getattr(layer, COUNTER) + tokens)
+
 
 class CapturableWindow(StaticSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """transformers' sliding window with nothing of the host's in its decode step.

@@ -11,7 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -66,6 +66,13 @@ class Case:
     tokens: int = 3
     steps: int = 5
     together: int = 1
+
+
+def whole(case: Case) -> Case:
+    """*case* with slots for all that a decode step may demand, and nothing left to the CPU."""
+    most = min(case.tokens * case.top_k, case.experts)
+    least = most * (case.layers if case.pool == "layer" else 1)
+    return replace(case, slots=max(case.slots, least), cpu=False)
 
 
 class Chaotic(Policy):
@@ -456,13 +463,13 @@ class Driver:
         if plan.whole and self.together:
             engine.at_once(plan, late)
             out = torch.zeros_like(inputs[0])
-            self._group(routing, inputs, out, -1)
+            self._group(routing, inputs, out)
             return out
         out = self.apart(routing, plan, late, inputs)
         if self.random.random() < 0.5:
             # As before a captured graph, which must find nothing left to compute.
             engine.hide(routing)
-            self._group(routing, inputs, out, -1)
+            self._group(routing, inputs, out)
         return out
 
     def apart(
@@ -479,10 +486,10 @@ class Driver:
         self.engine.in_groups(routing, plan, late, group, on_cpu)
         return out
 
-    def _group(self, routing: Routing, inputs: tuple[Tensor, ...], out: Tensor, only: int) -> None:
+    def _group(self, routing: Routing, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         hidden, index, weights = inputs
         run, table = self.maths.kernels.run, self.engine.table.slots[routing.layer]
-        self.launch(lambda: run(hidden, index, weights, table, out, only=only, accumulate=True))
+        self.launch(lambda: run(hidden, index, weights, table, out, accumulate=True))
 
 
 def cases(count: int, seed: int = 0) -> Iterator[Case]:

@@ -100,6 +100,11 @@ class Cut:
         return max(self.group, LEAST_COLUMNS) if tiles.dot else 1
 
 
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least *number*."""
+    return 1 << (number - 1).bit_length()
+
+
 def pair_cut(banks: Banks, gating: Gating, top_k: int, rounds: bool) -> Cut:
     """The cut for one token: every pair by itself.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from runtime.kernels import triton_kernels
 from runtime.kernels.banks import Banks
-from runtime.kernels.cuts import Cut, Tiles, group_cut, low_reading, pair_cut
+from runtime.kernels.cuts import Cut, Tiles, group_cut, low_reading, pair_cut, power_of_two
 from runtime.kernels.gating import Gating
 from traces.errors import InputError
 
@@ -82,7 +82,7 @@ class DecodeKernels:
         self._slots = torch.full((pairs,), -1, dtype=torch.int32, device=device)
         self._members = torch.full((pairs * max(1, cut.group),), -1, dtype=torch.int32,
                                    device=device)  # fmt: skip
-        self._notes = torch.empty(3 * _power_of_two(pairs), dtype=torch.int32, device=device)
+        self._notes = torch.empty(3 * power_of_two(pairs), dtype=torch.int32, device=device)
         self._compiled: dict[Any, Sequence[tuple[Any, Constants]]] = {}
 
     def run(  # noqa: PLR0913
@@ -111,7 +111,7 @@ class DecodeKernels:
         rounds = self._rounds and hidden.dtype == self._full.dtype
         given = (hidden, index, weights, table, out, only)
         launches = self._launches(given, rounds)
-        padded = _power_of_two(tokens * top_k) if self._cut.group else 0
+        padded = power_of_two(tokens * top_k) if self._cut.group else 0
         key = (hidden.dtype, weights.dtype, table.dtype, out.dtype, accumulate, padded, wait)
         known = self._compiled.get(key) if aligned else None
         if known is not None:
@@ -141,7 +141,7 @@ class DecodeKernels:
         """
         hidden, index = given[:2]
         rounds = self._rounds and hidden.dtype == self._full.dtype
-        padded = _power_of_two(index.numel()) if self._cut.group else 0
+        padded = power_of_two(index.numel()) if self._cut.group else 0
         steps = self._steps(rounds, False, padded, False)
         for step, (grid, inputs) in zip(steps, self._launches((*given, -1), rounds), strict=True):
             step.function.warmup(*inputs, *step.constants, grid=grid, **step.options)
@@ -230,7 +230,7 @@ class DecodeKernels:
         banks, cut = self._banks, self._cut
         first, *rest = _bank_constants(banks, "down_proj")
         return (
-            self._top_k, _power_of_two(self._top_k), banks.intermediate, banks.output,
+            self._top_k, power_of_two(self._top_k), banks.intermediate, banks.output,
             # Of groups another kernel writes the sums.
             banks.layout.transposed, first, *rest, accumulate and not cut.group,
             *_cut_constants(cut, cut.second, banks.intermediate, rounds),
@@ -240,7 +240,7 @@ class DecodeKernels:
     def _sum_constants(self) -> Constants:
         """The constants of ``combine_kernel`` that its model decides, in its order."""
         _, *rest = _bank_constants(self._banks, "down_proj")
-        return self._top_k, _power_of_two(self._top_k), self._banks.output, *rest
+        return self._top_k, power_of_two(self._top_k), self._banks.output, *rest
 
 
 def _cut_constants(cut: Cut, tiles: Tiles, inputs: int, rounds: bool) -> Constants:
@@ -270,8 +270,3 @@ def _most_groups(pairs: int, experts: int, group: int) -> int:
     """Groups of at most *group* pairs of one of *experts* that *pairs* can fall into."""
     distinct = min(pairs, experts)
     return distinct + (pairs - distinct) // group
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is at least *number*."""
-    return 1 << (number - 1).bit_length()

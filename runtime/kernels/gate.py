@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from runtime.kernels.cuts import power_of_two
+
 if TYPE_CHECKING:
     from runtime.families import Gate
     from runtime.handshake import Handshake
     from runtime.hook import GateReader, HostAnswer
 
+
+#: Words of the host's memory, int32, each in a line of the cache of its own where the writers
+#: differ: the device writes the first three, the host the others.
+POSTED, GUESSED, FAILED, PLANNED, SETTLED, WORDS = 0, 1, 16, 32, 33, 64
+
+#: The number of a copy that has not been issued: higher than that of any which has landed.
+NEVER = 2**31 - 2
+
+#: What the host has planned and settled when the device is to wait for nothing more.
+RELEASED = 2**31 - 1
 
 #: Computes hidden states [T, H] with experts [T, k], weights [T, k] and slots [E] into [T, H].
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -53,8 +65,8 @@ class GateKernel:
             shake.words, shake.count, shake.landed, shake.stamps[layer], rows, ring, weights,
             ring_weights if ring_weights is not None else weights, index,
             shake.table.entries[layer], shake.served, shake.slots[layer], shake.limit_ns,
-            rows.numel(), _power_of_two(rows.numel()), index.numel(),
-            _power_of_two(index.numel()), shake.experts, sent, self._served, self._early,
+            rows.numel(), power_of_two(rows.numel()), index.numel(),
+            power_of_two(index.numel()), shake.experts, sent, self._served, self._early,
             num_warps=1,
         )  # fmt: skip
 
@@ -71,7 +83,7 @@ class GuessKernel:
     def run(self, rows: Tensor, ring: Tensor) -> None:
         """Post *rows* int64 [T, columns] to pinned memory *ring* of that shape."""
         shake, size = self._shake, rows.numel()
-        padded = _power_of_two(size)
+        padded = power_of_two(size)
         self._kernel[(1,)](shake.words, shake.guessed, rows, ring, size, padded, num_warps=1)
 
 
@@ -81,8 +93,3 @@ def stamp_now(stamp: Tensor) -> None:
 
     kernel: Any = stamp_kernel
     kernel[(1,)](stamp, num_warps=1)
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is at least *number*."""
-    return 1 << (number - 1).bit_length()

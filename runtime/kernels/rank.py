@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from runtime.kernels.cuts import power_of_two
+
 #: Tokens from which on a matrix product and a sort are worth their launches.
 MANY_TOKENS = 64
 
@@ -37,6 +39,5 @@ def best_experts(hidden: Tensor, weight: Tensor, bias: Tensor | None, width: int
         experts, bias is not None, ROWS, BLOCK,
     )  # fmt: skip
     kernel = triton_rank.rank_kernel
-    padded = 1 << (experts - 1).bit_length()
-    kernel[(tokens,)](scores, best, experts, padded, width, num_warps=1)
+    kernel[(tokens,)](scores, best, experts, power_of_two(experts), width, num_warps=1)
     return best

@@ -12,17 +12,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, globaltimer
 
+from runtime.kernels import gate
 from runtime.kernels.triton_tiles import COMING
 
-#: Words of the host's memory, int32, each in a line of the cache of its own where the writers
-#: differ: the device writes the first three, the host the others.
-POSTED, GUESSED, FAILED, PLANNED, SETTLED = (tl.constexpr(word) for word in (0, 1, 16, 32, 33))
-
-#: The ticket of a copy that has not been issued.
-NEVER = tl.constexpr(2**31 - 2)
-
-#: What the host has planned and settled when nothing more is to be waited for.
-RELEASED = tl.constexpr(2**31 - 1)
+POSTED, GUESSED, FAILED, PLANNED, SETTLED, NEVER, RELEASED = (
+    tl.constexpr(number)
+    for number in (
+        gate.POSTED, gate.GUESSED, gate.FAILED, gate.PLANNED, gate.SETTLED, gate.NEVER,
+        gate.RELEASED,
+    )
+)  # fmt: skip
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from runtime.kernels.gate import GateKernel
 from runtime.lanes import CudaLanes, Mark
 from runtime.whole_steps import answer, await_gate
 from tests.helpers_stress import Case, Driver, RacingLanes, cases, spoil
+from tests.helpers_stress import whole as whole_steps_of
 
 #: GPU cycles that a copy or a piece of work may be held up: up to about 0.15 ms.
 CYCLES = (0, 0, 10_000, 60_000, 250_000)
@@ -232,13 +233,6 @@ def small_variety(seed: int) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def for_whole_steps(case: Case) -> Case:
-    """*case* with slots for all that a decode step may demand, and nothing left to the CPU."""
-    most = min(case.tokens * case.top_k, case.experts)
-    least = most * (case.layers if case.pool == "layer" else 1)
-    return replace(case, slots=max(case.slots, least), cpu=False, steps=60)
-
-
 def stress(events: int, seed: int = 0, device: str = "cuda", *, whole: bool = False) -> Tally:
     """Run at least *events* random events; AssertionError for the first wrong output.
 
@@ -251,7 +245,7 @@ def stress(events: int, seed: int = 0, device: str = "cuda", *, whole: bool = Fa
         driver: Driver
         if whole:
             lanes = SlowLanes(torch.device(device), case.seed)
-            driver = WholeDriver(for_whole_steps(case), lanes)
+            driver = WholeDriver(replace(whole_steps_of(case), steps=60), lanes)
         else:
             driver = _driver(case, device, graphs=tally.cases % 3 > 0)
         driver.run()

@@ -15,14 +15,7 @@ from runtime.bank import ABSENT
 from runtime.errors import OffloadError
 from runtime.handshake import FAILED, NEVER, POSTED, Handshake, SharedTable, entry
 from tests.helpers_handshake import CountingLanes, PretendedDriver
-from tests.helpers_stress import Case, cases
-
-
-def whole(case: Case) -> Case:
-    """*case* with slots for all that a decode step may demand, and nothing left to the CPU."""
-    most = min(case.tokens * case.top_k, case.experts)
-    least = most * (case.layers if case.pool == "layer" else 1)
-    return replace(case, slots=max(case.slots, least), cpu=False)
+from tests.helpers_stress import cases, whole
 
 
 @pytest.mark.parametrize("serves", [False, True])
