@@ -40,15 +40,14 @@ class CapturedSteps(ABC):
     _least_access_s: float
     #: What the host does from an answer on, for the timeline.
     _doing: ClassVar[str]
+    #: Prefetches of the event before that may have landed since, though a look-up was earlier.
+    _recent: Mapping[int, Move] = MappingProxyType({})
 
     def __init__(self, world: World, graph: GraphCosts, untold: UntoldChanges) -> None:
         self._world = world
         self._graph = graph
         self._untold = untold
         self._planning_cold = graph.planning_cold(world.planner.policy.name)
-
-    #: Prefetches of the event before that may have landed since, though a look-up was earlier.
-    _recent: Mapping[int, Move] = MappingProxyType({})
 
     def layers(self, step: Step, begun: Sequence[Move]) -> Generator[simpy.Event, None, None]:
         """Every event of one step; quiet ones (nothing missed or on its way) stay cheap.
