@@ -229,8 +229,11 @@ class Handshake:
         self._words[PLANNED] = self._words[SETTLED] = RELEASED
 
     def renew(self) -> None:
-        """Wait until the device has run out, and begin anew."""
-        self._lanes.finish()
+        """Wait until the device has run out, and begin anew.
+
+        On all streams: a kernel that still looks at the words would wait for what they say no more.
+        """
+        self._lanes.finish_all()
         for word in (POSTED, GUESSED, FAILED, PLANNED, SETTLED):
             self._words[word] = 0
         self.events = self.guesses = 0

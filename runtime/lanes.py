@@ -89,6 +89,10 @@ class Lanes(ABC):
     def finish(self) -> None:
         """Wait on the host for both lanes."""
 
+    def finish_all(self) -> None:
+        """Wait on the host for everything that the device was given, by whomever."""
+        self.finish()
+
     def write(self, target: Tensor, values: Sequence[tuple[int, int]]) -> None:
         """Let the computing lane set elements of the contiguous int32 *target* to *values*."""
         flat = target.view(-1)
@@ -205,6 +209,9 @@ class CudaLanes(Lanes):
     def finish(self) -> None:
         self._compute.synchronize()
         self._copies.synchronize()
+
+    def finish_all(self) -> None:
+        torch.cuda.synchronize(self.device)
 
 
 class HostLanes(Lanes):

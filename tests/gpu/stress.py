@@ -127,7 +127,7 @@ class _WholeStep:
     """The experts of all layers of a step as one graph, a gate's kernel before each."""
 
     def __init__(self, driver: WholeDriver, size: int) -> None:
-        case, device = driver.case, driver.lanes.device
+        case = driver.case
         kernels, shake = driver.maths.kernels, driver.shake
         early = kernels.waits(size) and driver.draw_early()
         gate = GateKernel(shake, served=case.serves, early=early)
@@ -147,7 +147,6 @@ class _WholeStep:
         shake.release()
         experts(0)
         shake.renew()
-        torch.cuda.synchronize(device)
         self.graph = cuda.CUDAGraph()
         with cuda.graph(self.graph, capture_error_mode="thread_local"):
             for layer in range(case.layers):
