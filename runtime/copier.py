@@ -60,19 +60,27 @@ class Copier:
         """Moves waiting in the software queue."""
         return len(self._queue)
 
-    def demand(self, moves: Sequence[Move], *, together: bool = False) -> None:
+    def demand(
+        self,
+        moves: Sequence[Move],
+        *,
+        together: bool = False,
+        place: Callable[[Sequence[Move]], None] | None = None,
+    ) -> None:
         """Issue missed experts at once; their slots are free of readers.
 
-        With *together* nobody waits for one of them but for all: they share their marks.
+        With *together* nobody waits for one of them but for all: they share their marks. *place*
+        is called with moves that the link is at work on, before anybody is told that they are
+        on their way: what can wait until then is not to keep the link idle.
         """
         if self.pending:
             for move in moves:
                 self._drop(move.victim)
         if together and not self.marks_each:
-            self._issue(moves)
+            self._issue(moves, place)
         else:
             for move in moves:
-                self._issue((move,))
+                self._issue((move,), place)
 
     def prefetch(self, moves: Iterable[Move]) -> None:
         """Queue moves for later events."""
@@ -134,11 +142,15 @@ class Copier:
         """Bytes of *copy*."""
         return self._low_size if copy >= self._total else self._size
 
-    def _issue(self, moves: Sequence[Move]) -> None:
+    def _issue(
+        self, moves: Sequence[Move], place: Callable[[Sequence[Move]], None] | None = None
+    ) -> None:
         target = self._bank.target
         source = self._from
         pairs = [(target(move.slot), source(move.copy)) for move in moves]
         begin, end = self._lanes.copy_all(pairs)
+        if place is not None:
+            place(moves)
         if self.on_issue is not None:
             self.on_issue(moves, end)
         copied = Copied(moves, begin, end)

@@ -49,7 +49,8 @@ class Engine:
         self._borrowed: list[int] = []
         #: Where every copy lies, moves of later waves not yet made: the ledger is ahead of it.
         self._slot: dict[int, int] = {}
-        #: Called with moves when they are decided, before they are issued, if set.
+        #: Called with moves when they are decided, before anybody is told that they are issued,
+        #: if set.
         self.on_place: Callable[[Sequence[Move]], None] | None = None
         #: Notes an event's moments, if anybody wants to know.
         self.clock: EventClock | None = None
@@ -201,8 +202,7 @@ class Engine:
 
     def demand(self, moves: Sequence[Move]) -> None:
         """Make missed experts' *moves*, whose slots are free of readers; they land together."""
-        self._place(moves)
-        self.copier.demand(moves, together=True)
+        self.copier.demand(moves, together=True, place=self._place)
 
     def slot_of(self, copy: int) -> int:
         """The slot of *copy*, which is there or on its way."""
