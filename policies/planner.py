@@ -101,6 +101,8 @@ class Planner:
         #: Whether the policy says how what is missed is served, and never leaves any to the CPU.
         self.serves, self.spares_cpu = type(policy).serve is not Policy.serve, spares_cpu(policy)
         self._inexact = not policy.exact
+        #: Whether :meth:`begin` may answer with moves.
+        self.begins = type(policy).plan_step is not Policy.plan_step
         #: Whether anything is left to do when an event's demand is planned.
         self._follows = self._prefetches or self.serves or self._inexact
         self._on_load, self._on_evict = policy.on_load, policy.on_evict

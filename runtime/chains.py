@@ -81,8 +81,9 @@ class Chain:
             self._extra.zero_()
         return out
 
-    def replay(self, kwargs: dict[str, Any], *, counted: bool) -> Any:
-        """Run one step; *counted* if the cache's Python counters have moved already."""
+    def replay(self, kwargs: dict[str, Any], begin: Callable[[], None], *, counted: bool) -> Any:
+        """Run the step that *begin* begins; *counted* if the cache's Python counters have moved."""
+        begin()
         self._step.refresh(kwargs)
         self._segments[0].replay()
         self._hook.expect_answer()

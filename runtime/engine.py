@@ -29,9 +29,9 @@ OnCpu = Callable[[Sequence[int]], None]
 class Engine:
     """One planner, its store, slots and link on one device.
 
-    Drive it with :meth:`begin` for each step, then for each layer :meth:`decide` with the
-    gate's answer, one of :meth:`at_once` and :meth:`in_groups`, and :meth:`after` once all has
-    been launched, then :meth:`end`.
+    Drive it with :meth:`start` and :meth:`begin` for each step, then for each layer
+    :meth:`decide` with the gate's answer, one of :meth:`at_once` and :meth:`in_groups`, and
+    :meth:`after` once all has been launched, then :meth:`end`.
     """
 
     def __init__(
@@ -71,10 +71,13 @@ class Engine:
         if self.clock is not None:
             self.clock.note()
 
-    def begin(self, step: Step) -> None:
-        """*step* starts: make the prefetches that its path forecast asks for."""
+    def start(self) -> None:
+        """A step starts: what is launched from now on is part of it."""
         self.lanes.enter()
         self.watch.start()
+
+    def begin(self, step: Step) -> None:
+        """Make the prefetches that the path forecast of *step* asks for."""
         try:
             moves = self.planner.begin(step)
         except Exception as error:

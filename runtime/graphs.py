@@ -99,18 +99,22 @@ class DecodeGraphs:
         if chain is not None:
             chain.replay_blind()
 
-    def run(self, kwargs: dict[str, Any]) -> Any:
-        """One decode step, captured now or replayed; :meth:`suits` has been asked of *kwargs*."""
+    def run(self, kwargs: dict[str, Any], begin: Callable[[], None] = lambda: None) -> Any:
+        """One decode step, captured now or replayed; :meth:`suits` has been asked of *kwargs*.
+
+        *begin* is called once, before the step's first gate is answered.
+        """
         key = self._asked
         chain = self._chains.pop(key, None)
         captured = chain is None
         if chain is None:
             chain = self._capture(key, kwargs)
             if chain is None:
+                begin()
                 return self._forward(**kwargs)
         # The last is the one that ran last.
         self._chains[key] = chain
-        return chain.replay(kwargs, counted=captured)
+        return chain.replay(kwargs, begin, counted=captured)
 
     def forget(self, cache: int) -> None:
         """A cache is gone: what was captured for it reads freed memory."""

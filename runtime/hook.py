@@ -55,6 +55,9 @@ def uninstall(gates: Sequence[Gate]) -> None:
 class Steps(Protocol):
     """Turns a gate's answer into an event (:class:`runtime.steps.LiveSteps` and others)."""
 
+    #: Whether token ids are read on the host when a step begins.
+    reads_ids: bool
+
     def route(self, step: Step, layer: int, answer: Answer, event: int) -> Routing:
         """The event of *layer* of *step*."""
         ...

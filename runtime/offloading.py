@@ -267,13 +267,15 @@ class _Builder:
         lanes = lanes_for(self.device, timed=options.timed)
         engine = Engine(planner, store, bank, lanes, options.depth)
         ahead = _ahead_depth(self.forecaster, self.spec.layers)
-        steps = LiveSteps(self.spec, ahead=ahead, keep=options.record)
+        whole = options.computes(self.device) == "graph"
+        read_ids = whole and not all(map(_is_ours, (planner.policy, planner.forecaster)))
+        steps = LiveSteps(self.spec, ahead=ahead, keep=options.record, read_ids=read_ids)
         engine.watch.on = options.timed
         hook = make_hook(self.model, self.gates, engine, options, ahead)
         hook.steps = steps
         return Runner(
             self.model, hook, steps, graphs=options.graphs, compiled=options.compiled,
-            whole=options.computes(self.device) == "graph",
+            whole=whole,
         )  # fmt: skip
 
 
@@ -294,6 +296,11 @@ def make_hook(
     hook = Hook(engine, gates, reader, maths)
     install(model, gates, hook)
     return hook
+
+
+def _is_ours(plugin: Policy | Forecaster | None) -> bool:
+    """Whether *plugin* is known not to read token ids while a step is under way."""
+    return plugin is None or type(plugin).__module__.partition(".")[0] in ("policies", "runtime")
 
 
 def _ahead_depth(forecaster: Forecaster | None, layers: int) -> int:

@@ -95,6 +95,7 @@ class Replay:
         if seating is not None:
             self._await_division(seating, world)
         hook.step = step
+        engine.start()
         engine.begin(step)
         if seating is not None:
             self._follow(step, seating)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -123,41 +122,46 @@ class Runner:
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
         ids = kwargs["input_ids"]
-        cache = kwargs.get("past_key_values")
-        fresh = self._is_fresh(cache, ids.shape[1])
-        step = self.steps.begin(ids, _real_tokens(kwargs, ids, fresh), fresh)
-        self.hook.step = step
+        fresh = self._is_fresh(kwargs.get("past_key_values"), ids.shape[1])
         decoding = ids.shape[1] == 1 and not fresh
         maths = self.hook.maths
         if isinstance(maths, Reference):
             maths.decoding = decoding
-        with self._stepping(step):
-            output = self._pass(kwargs, decoding)
+        started = time.perf_counter()
+        self.engine.start()
+        output = self._pass(kwargs, decoding, partial(self._begin, kwargs, fresh))
+        self._end(time.perf_counter() - started)
         logits = getattr(output, "logits", None)
         if self.beside is not None and isinstance(logits, Tensor):
             self.beside.foresee(logits[:, -1])
         return output
 
-    def _pass(self, kwargs: dict[str, Any], decoding: bool) -> Any:
-        """The model's own pass, replayed where that can be done."""
+    def _pass(self, kwargs: dict[str, Any], decoding: bool, begin: Callable[[], None]) -> Any:
+        """The model's own pass, replayed where that can be done; *begin* begins its step."""
         if decoding and self.graphs is not None and kwargs.get("past_key_values") is not None:
             kwargs = with_masks(self._config, self._dtype, kwargs)
             if self.graphs.suits(kwargs):
-                return self.graphs.run(kwargs)
+                return self.graphs.run(kwargs, begin)
+        begin()
         return self.plain_forward(**kwargs)
 
-    @contextlib.contextmanager
-    def _stepping(self, step: Step) -> Iterator[None]:
-        engine, start = self.engine, time.perf_counter()
-        engine.begin(step)
-        yield
+    def _begin(self, kwargs: dict[str, Any], fresh: bool) -> None:
+        ids = kwargs["input_ids"]
+        step = self.steps.begin(ids, _real_tokens(kwargs, ids, fresh), fresh)
+        self.hook.step = step
+        self.engine.begin(step)
+
+    def _end(self, seconds: float) -> None:
+        """All of the pass, which took the host so many *seconds*, has been launched."""
+        step, engine = self.hook.step, self.engine
+        assert step is not None
         engine.watch.split("attention")
         engine.end()
         self.steps.end(step)
         self._demand.append(step.demand)
         self.tokens += step.size
         self.hook.step = None
-        self._pass_s[step.phase] += time.perf_counter() - start
+        self._pass_s[step.phase] += seconds
 
     def _is_fresh(self, cache: Any, tokens: int) -> bool:
         """Whether a pass of *tokens* per sequence begins new ones: its cache is empty.

@@ -64,10 +64,13 @@ class LiveSteps:
     """Steps of a model that generates: what they demand is known gate by gate.
 
     With *keep* the routing of every sequence is kept for :meth:`sequences`. A new key-value
-    cache means new sequences.
+    cache means new sequences. With *read_ids* token ids are read when a step begins: where a
+    captured step runs nobody could wait for them, for it waits for the host.
     """
 
-    def __init__(self, spec: ModelSpec, *, ahead: int = 0, keep: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, *, ahead: int = 0, keep: bool = False, read_ids: bool = False
+    ) -> None:
         self._layers, self._experts, self._k = spec.layers, spec.experts, spec.top_k
         self._ahead = ahead
         self._number = 0
@@ -76,6 +79,8 @@ class LiveSteps:
         self._ids: Ints = np.zeros(0, dtype=np.int64)
         self._real: Ints | None = None
         self._kept: dict[int, list[tuple[Step, int]]] | None = {} if keep else None
+        # What is kept must not change when the caller writes over its tensor.
+        self.reads_ids = keep or read_ids
 
     def begin(self, tokens: Any, real: npt.NDArray[np.bool_] | None, fresh: bool) -> Step:
         """The step that runs *tokens* int [B, S]; *real* [B, S] is False for padding.
@@ -117,8 +122,7 @@ class LiveSteps:
     def _new(self, phase: str, tokens: Any, mask: npt.NDArray[np.bool_]) -> LiveStep:
         """The next step, with room for what its gates will choose."""
         step = LiveStep(self._number, phase, tokens, mask)
-        if self._kept is not None:
-            # What is kept must not change when the caller writes over its tensor.
+        if self.reads_ids:
             step.token_ids = step.token_ids
         self._number += 1
         step._experts = np.zeros((step.size, self._layers, self._k), dtype=np.int16)
@@ -210,6 +214,8 @@ def _guess(depth: int, step: Step) -> Any:
 
 class ReplayedSteps:
     """Steps of a trace: what they demand is known, and the gates must answer just that."""
+
+    reads_ids = False
 
     def __init__(self, spec: ModelSpec) -> None:
         self._experts = spec.experts

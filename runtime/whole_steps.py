@@ -46,6 +46,9 @@ class WholeStep:
         self._kernels = maths.kernels
         #: Whether the policy decides for held experts too how they are served.
         self._serves = awaits_plan(hook.engine.planner)
+        #: Whether the graph is launched before the host has begun with the step.
+        reads = hook.steps is not None and hook.steps.reads_ids
+        self._at_once = not hook.engine.planner.begins and not reads
         self._guess_kernel = GuessKernel(handshake)
         tokens = kwargs["input_ids"].numel()
         #: Whether what is there is computed while the rest is awaited.
@@ -68,13 +71,21 @@ class WholeStep:
         """The one captured graph."""
         return [self._graph]
 
-    def replay(self, kwargs: dict[str, Any], *, counted: bool) -> Any:
-        """Run one step; *counted* if the cache's Python counters have moved already."""
+    def replay(self, kwargs: dict[str, Any], begin: Callable[[], None], *, counted: bool) -> Any:
+        """Run the step that *begin* begins; *counted* if the cache's Python counters have moved.
+
+        Where *begin* neither reads what the device computes nor makes prefetches, which the first
+        gate would have to know of, the device is at work meanwhile.
+        """
         self._shake.check()
+        if not self._at_once:
+            begin()
         self._step.refresh(kwargs)
         stalls: list[str] = []
         try:
             self._graph.replay()
+            if self._at_once:
+                begin()
             for layer, gate in enumerate(self._gates):
                 stalls.append(self._event(layer, gate))
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -12,9 +13,18 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 COUNTER = "cumulative_length_int"
 
 
+#: Those of caches whose layers are all there from the start: every step asks several times.
+_KNOWN: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+
+
 def windows(cache: Any) -> list[Any]:
     """The layers of *cache* that are sliding windows and count in Python."""
-    return [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, COUNTER)]
+    found = _KNOWN.get(cache)
+    if found is None:
+        found = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, COUNTER)]
+        if getattr(cache, "is_compileable", False):
+            _KNOWN[cache] = found
+    return found
 
 
 def is_full(layer: Any) -> bool:

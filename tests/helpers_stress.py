@@ -381,6 +381,7 @@ class Driver:
         size = self.random.randint(1, case.tokens) * (self.random.randint(1, 5) if prefill else 1)
         step = Step(number, PREFILL if prefill else DECODE, size)
         step._experts = np.zeros((size, case.layers, case.top_k), dtype=np.int16)
+        self.engine.start()
         self.engine.begin(step)
         self.layers(step, size)
         self.engine.end()

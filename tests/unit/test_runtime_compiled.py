@@ -88,10 +88,11 @@ def run_step(model: Any, forward: Any, cache: Any, ids: Any, **more: Any) -> Any
     kwargs = {"input_ids": ids, "past_key_values": cache, "use_cache": True, **more}
     kwargs = with_masks(model.config, model.dtype, kwargs)
     runner = model.expert_cache.runner
-    step = runner.steps.begin(ids, None, False)
-    runner.hook.step = step
-    with runner._stepping(step):
-        return forward(**kwargs)
+    runner.engine.start()
+    runner._begin({"input_ids": ids}, False)
+    output = forward(**kwargs)
+    runner._end(0.0)
+    return output
 
 
 def decoded(model: Any, forward: Any, steps: int = STEPS) -> Any:

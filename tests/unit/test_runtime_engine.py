@@ -67,6 +67,7 @@ class Run:
         step = Step(self.steps, DECODE, 1)
         step._experts = np.zeros((1, self.layers, 2), dtype=np.int16)
         self.steps += 1
+        self.engine.start()
         self.engine.begin(step)
         return step
 

@@ -20,7 +20,8 @@ class Chain:
     def __init__(self, hook: Any, forward: Any, kwargs: dict[str, Any], stream: Any) -> None:
         self.size = len(kwargs["input_ids"])
 
-    def replay(self, kwargs: dict[str, Any], *, counted: bool) -> str:
+    def replay(self, kwargs: dict[str, Any], begin: Any, *, counted: bool) -> str:
+        begin()
         return f"replayed {self.size}"
 
 
