@@ -60,6 +60,7 @@ class Captured:
 
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.inputs = {name: _cloned(value) for name, value in kwargs.items()}
+        self._moving = [name for name, value in kwargs.items() if tensors(value)]
         self.output: Any = None
 
     def let_go(self) -> None:
@@ -68,8 +69,8 @@ class Captured:
 
     def refresh(self, kwargs: dict[str, Any]) -> None:
         """Take the values of *kwargs* for the next replay."""
-        for name, value in kwargs.items():
-            _refresh(self.inputs[name], value)
+        for name in self._moving:
+            _refresh(self.inputs[name], kwargs[name])
 
     def result(self, cache: Any, *, counted: bool) -> Any:
         """The output over *cache* with logits of its own: the next replay overwrites them.

@@ -113,6 +113,7 @@ def generate(**options: Any) -> None:
     texts = _texts(options)
     require_torch()
 
+    from runtime.fullspeed import at_full_speed
     from runtime.generate import check_room, encode, open_offloaded
     from runtime.grouped import arranged
     from runtime.load import find_folder, load_tokenizer
@@ -135,7 +136,9 @@ def generate(**options: Any) -> None:
     ) as opened:
         start = time.monotonic()
         written = []
-        with status_line(out) as show:
+        runner = opened.runner
+        quick = at_full_speed(runner.engine.lanes.device)
+        with quick as runner.cores, status_line(out) as show:
             note = _Live(opened, show)
             prompts = list(zip(texts, tokens, strict=True))
             writing, grouped = _writing(

@@ -29,6 +29,10 @@ TRIES = 3
 #: The same for a glance. The first finds its code in no cache, after other work.
 GLANCES = 2
 
+#: How often a thread that is not measured looks whether its core is slow, in seconds: neighbours
+#: come and go several times a second, and a look takes some 50 microseconds.
+EVERY_S = 0.05
+
 #: Elements of an operation that torch shares out among its threads.
 SHARED_OUT = 2**20
 
@@ -51,6 +55,7 @@ class Cores:
         self._move = move or _move
         self._best_s = math.inf
         self._at = 0
+        self._next_s = 0.0
 
     def speed(self, tries: int = TRIES) -> float:
         """How fast this thread runs now: 1 is the fastest ever seen, half is 0.5."""
@@ -95,6 +100,13 @@ class Cores:
             self._next()
             speed = self.speed()
         return found
+
+    def settle_at_times(self) -> None:
+        """:meth:`settle`, unless that was done a moment ago."""
+        now = time.perf_counter()
+        if now >= self._next_s:
+            self._next_s = now + EVERY_S
+            self.settle()
 
     def glance(self) -> float:
         """How fast the thread runs, for moments in which there is nothing else to do.

@@ -44,8 +44,10 @@ def no_progress(label: str, length: int) -> Iterator[Callable[[int], None]]:
 class KeptSteps(LiveSteps):
     """Steps whose routing is kept unless *keep* is false, and which ran last."""
 
-    def __init__(self, spec: ModelSpec, *, ahead: int, keep: bool = True) -> None:
-        super().__init__(spec, ahead=ahead, keep=keep)
+    def __init__(
+        self, spec: ModelSpec, *, ahead: int, keep: bool = True, read_ids: bool = False
+    ) -> None:
+        super().__init__(spec, ahead=ahead, keep=keep, read_ids=read_ids)
         #: The step that ran last.
         self.last: Step | None = None
 
@@ -100,7 +102,8 @@ class Offloaded:
     def keep_routing(self, keep: bool = True) -> KeptSteps:
         """Keep the routing from here on, or only know each step; nothing may have run yet."""
         runner = self.runner
-        steps = KeptSteps(self.spec, ahead=runner.hook.reader.ahead, keep=keep)
+        reads = runner.steps.reads_ids
+        steps = KeptSteps(self.spec, ahead=runner.hook.reader.ahead, keep=keep, read_ids=reads)
         runner.steps = runner.hook.steps = steps
         self.steps = steps if keep else None
         return steps

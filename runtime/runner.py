@@ -18,6 +18,7 @@ from policies.hindsight import belady_missed
 from policies.routing import DECODE, PREFILL, Step
 from runtime.compiled import compiled_forward
 from runtime.errors import OffloadError, warn_uncaptured
+from runtime.fullspeed import Cores
 from runtime.graphs import DecodeGraphs, decode_graphs
 from runtime.holdings import Holdings
 from runtime.hook import Hook, Steps
@@ -70,6 +71,8 @@ class Runner:
         self.tokens = 0
         #: Seconds of all passes of each phase on the host, until all was launched.
         self._pass_s = {PREFILL: 0.0, DECODE: 0.0}
+        #: Whose steps are to leave cores that somebody else slows down, if set.
+        self.cores: Cores | None = None
         #: The forecaster, where a predictor runs beside the model.
         self.beside: LivePath | None = None
         forecaster = self.engine.planner.forecaster
@@ -121,6 +124,8 @@ class Runner:
             raise
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
+        if self.cores is not None:
+            self.cores.settle_at_times()
         ids = kwargs["input_ids"]
         fresh = self._is_fresh(kwargs.get("past_key_values"), ids.shape[1])
         decoding = ids.shape[1] == 1 and not fresh

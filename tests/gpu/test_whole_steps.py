@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from torch.nn import functional as F  # noqa: E402
 from transformers import StaticCache  # noqa: E402
 
+from policies.builtin.lru import LRU  # noqa: E402
 from runtime import handshake, offload  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
 from runtime.families import FAMILIES, find_gates  # noqa: E402
@@ -138,6 +139,25 @@ def test_what_a_policy_raises_ends_the_step(monkeypatch, error):
     assert time.perf_counter() - begun < 3.0
     with pytest.raises(OffloadError, match="was freed after"):
         model(**kwargs)
+
+
+class Curious(LRU):
+    """Looks at the step's tokens in the midst of a step."""
+
+    name = "curious"
+
+    def on_route(self, routing):
+        super().on_route(routing)
+        self.seen = [*getattr(self, "seen", []), routing.step.token_ids.tolist()]
+
+
+def test_a_policy_may_ask_for_token_ids_while_a_step_runs():
+    policy = Curious()
+    model, kwargs = decoding(policy)
+    with torch.no_grad():
+        model(**kwargs)
+    assert policy.seen[-1] == [5]
+    model.expert_cache.close()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import pytest
 import torch
 
+from runtime import fullspeed
 from runtime.fullspeed import Cores, at_full_speed
 
 
@@ -49,6 +50,21 @@ def test_leaves_a_core_that_becomes_slow_and_says_how_slow_it_was() -> None:
         assert cores.settle() == 0.5
         assert machine.at not in machine.slow
         assert cores.settle() == 1.0
+
+
+def test_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, now = Machine(slow=()), [100.0]
+    cores = machine.watch()
+    monkeypatch.setattr(fullspeed.time, "perf_counter", lambda: now[0])
+    with cores.chosen():
+        cores.settle_at_times()
+        machine.slow = {machine.at}
+        now[0] += fullspeed.EVERY_S / 2
+        cores.settle_at_times()
+        assert machine.at in machine.slow
+        now[0] += fullspeed.EVERY_S
+        cores.settle_at_times()
+        assert machine.at not in machine.slow
 
 
 def test_a_glance_tells_the_speed_and_stays() -> None:

@@ -73,7 +73,13 @@ def test_arrays_do_as_well(spec):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda s: LiveSteps(s, keep=True), lambda s: KeptSteps(s, ahead=0)]
+    "make",
+    [
+        lambda s: LiveSteps(s, keep=True),
+        lambda s: LiveSteps(s, read_ids=True),
+        lambda s: KeptSteps(s, ahead=0),
+        lambda s: KeptSteps(s, ahead=0, keep=False, read_ids=True),
+    ],
 )
 def test_what_is_kept_is_read_at_once(spec, make):
     tokens = torch.tensor(TOKENS)
