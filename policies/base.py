@@ -274,6 +274,10 @@ class Policy(ABC):
     #: False: its decode steps can then run as one graph each.
     uses_cpu: ClassVar[bool] = True
 
+    #: :meth:`victims` may refuse demand a slot though something could go, so that an event's
+    #: experts come in waves: decode steps are not one graph each then.
+    refuses_victims: bool = False
+
     #: Bits of a low-precision copy, and the share of the budget's bytes given to such copies.
     low_bits: int = 4
     low_share: float = 0.0

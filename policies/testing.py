@@ -183,6 +183,16 @@ class PolicyContract:
         assert plain.log.sha256() == curious.log.sha256(), "asking for victims changed something"
         assert not asked.endless, f"victims() goes on after {asked.endless} candidates"
 
+    def test_refuses_victims_only_if_it_says_so(self) -> None:
+        policy = self.make_policy()
+        trace = example_trace(12, prefill=0)
+        # Enough for all that an event demands at either precision, and no more than that.
+        planner = self.run(trace, 4 * trace.model.top_k, policy=policy)
+        numbers = planner.log.numbers
+        assert numbers is not None
+        waves = -2 in numbers
+        assert policy.refuses_victims or not waves, "refuses victims, but does not say so"
+
     def test_an_exact_policy_computes_every_expert(self) -> None:
         policy = self.make_policy()
         if not policy.exact:

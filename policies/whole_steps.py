@@ -23,8 +23,8 @@ def runs_whole(planner: Planner, tokens: int) -> bool:
     """Whether decode steps of *tokens* tokens can run as one graph each.
 
     A graph cannot be interrupted: whatever such a step's events demand must fit the slots at
-    once, at each precision that there is, and nothing may be left to the CPU. (A policy that
-    refuses to give up slots, which it may, can still part an event into waves.)
+    once, at each precision that there is, and nothing may be left to the CPU. A policy that
+    refuses to give up slots can still part an event into waves, and is to say so.
     """
     context, cache = planner.context, planner.cache
     most = min(tokens * context.top_k, context.experts)
@@ -32,7 +32,7 @@ def runs_whole(planner: Planner, tokens: int) -> bool:
     fits = cache.full_slots // pools >= most
     if cache.low_slots:
         fits = fits and cache.low_slots // pools >= most
-    return fits and planner.spares_cpu
+    return fits and planner.spares_cpu and not planner.policy.refuses_victims
 
 
 def awaits_plan(planner: Planner) -> bool:

@@ -52,7 +52,7 @@ class Options:
     One of *slots*, *cache* (``"25%"``) and *gpu_memory* (``"8GiB"``) is the budget, half of
     the experts by default. *compute* is ``graph`` (our kernels, a decode step in one CUDA graph
     where that can be), ``fused`` (our kernels, a graph from each gate to the next), ``reference``
-    (transformers' own *kernel*) or ``auto``: fused on CUDA, reference elsewhere. *max_tokens*
+    (transformers' own *kernel*) or ``auto``: graph on CUDA, reference elsewhere. *max_tokens*
     bounds the key-value cache that *gpu_memory* leaves room for, for each of the *batch*
     sequences of *turns* batches that decode by turns. *graphs* captures decode steps where that
     can be done, *compiled* has ``torch.compile`` make them first. *pin* false keeps the experts
@@ -93,7 +93,7 @@ class Options:
     def computes(self, device: torch.device) -> str:
         """The way to compute on *device*: *compute*, with ``auto`` resolved."""
         if self.compute == "auto":
-            return "fused" if device.type == "cuda" else "reference"
+            return "graph" if device.type == "cuda" else "reference"
         return self.compute
 
 

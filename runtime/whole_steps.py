@@ -214,7 +214,8 @@ def answer(
     if not plan.whole:
         raise OffloadError(
             f"event {routing.event}: policy {engine.planner.policy.name!r} left part of the demand "
-            "for a second wave, which a step in one graph does not have; compute='fused' does"
+            "for a second wave, which a step in one graph does not have, expected "
+            "refuses_victims = True in its class (or compute='fused')"
         )
     if serves:
         slot = engine.table.slot

@@ -26,6 +26,8 @@ class Static(Policy):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("popularity",)
+    #: Staging slots may be fewer than an event demands.
+    refuses_victims = True
 
     staging: int = parameter(0, "slots for the rest; 0: top_k of every sequence", low=0)
 

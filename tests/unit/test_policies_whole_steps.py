@@ -119,3 +119,9 @@ def test_a_policy_is_held_to_what_it_says() -> None:
     with pytest.raises(LedgerError, match=r"'says', event 0: .* declares uses_cpu = False"):
         replay(Says(), random_trace(1), 6)
     assert replay(Plain(), random_trace(1), 6).counts["demand"] == 0
+
+
+def test_a_policy_that_refuses_victims_has_no_whole_steps() -> None:
+    policy = LRU()
+    policy.refuses_victims = True
+    assert not runs_whole(planner(policy, 18), 1)
