@@ -21,6 +21,7 @@ from runtime.cache_twin import signature, twin_of, undone
 from runtime.errors import warn_uncompiled
 from runtime.hook import Hook
 from runtime.masks import full_windows, masks_are_given
+from runtime.shortcuts import Shortcuts
 from runtime.window import COUNTER, count_step, make_capturable
 
 #: Shapes that are compiled; those beyond run as they are, for each takes about a minute.
@@ -56,6 +57,7 @@ class CompiledForward:
         # A model holds its forward, not the other way round.
         self._model = weakref.ref(model)
         self._hook, self._plain, self._backend = hook, plain, backend
+        self._shortcuts = Shortcuts(model)
         self._ready: dict[Any, Callable[..., Any]] = {}
         self._broken = False
 
@@ -127,7 +129,8 @@ class CompiledForward:
         """The pass over a twin of *cache*, with tensors laid out as in every other pass."""
         inputs = {name: _dense(value) for name, value in kwargs.items()}
         inputs["past_key_values"] = twin_of(cache)
-        return compiled(self._model(), inputs)
+        with self._shortcuts.taken():
+            return compiled(self._model(), inputs)
 
     def _key(self, kwargs: dict[str, Any]) -> Any:
         """What the code of a step depends on."""
