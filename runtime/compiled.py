@@ -22,6 +22,7 @@ from runtime.errors import warn_uncompiled
 from runtime.hook import Hook
 from runtime.masks import full_windows, masks_are_given
 from runtime.shortcuts import Shortcuts
+from runtime.topk import QuickTopK
 from runtime.window import COUNTER, count_step, make_capturable
 
 #: Shapes that are compiled; those beyond run as they are, for each takes about a minute.
@@ -129,7 +130,7 @@ class CompiledForward:
         """The pass over a twin of *cache*, with tensors laid out as in every other pass."""
         inputs = {name: _dense(value) for name, value in kwargs.items()}
         inputs["past_key_values"] = twin_of(cache)
-        with self._shortcuts.taken():
+        with self._shortcuts.taken(), QuickTopK():
             return compiled(self._model(), inputs)
 
     def _key(self, kwargs: dict[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from runtime.masks import with_masks
 from runtime.maths import Reference
 from runtime.predictor.forecaster import LivePath
 from runtime.rotary import follows_length, keep_frequencies
+from runtime.topk import QuickTopK
 
 
 class StepSource(Steps, Protocol):
@@ -147,6 +148,10 @@ class Runner:
             kwargs = with_masks(self._config, self._dtype, kwargs)
             if self.graphs.suits(kwargs):
                 return self.graphs.run(kwargs, begin)
+            begin()
+            # What will be captured is loaded when it first runs.
+            with QuickTopK():
+                return self.plain_forward(**kwargs)
         begin()
         return self.plain_forward(**kwargs)
 

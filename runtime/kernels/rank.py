@@ -17,6 +17,9 @@ MANY_TOKENS = 64
 #: Experts and inputs that a program of the kernel of scores takes at a time.
 ROWS, BLOCK = 4, 512
 
+#: Where what is no number comes among the bits of float32, as whole numbers that rise with them.
+FIRST, LAST = 0x7FFFFFFF, -0x80000000
+
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -38,6 +41,24 @@ def best_experts(hidden: Tensor, weight: Tensor, bias: Tensor | None, width: int
         hidden.contiguous(), weight, weight if bias is None else bias, scores, weight.shape[1],
         experts, bias is not None, ROWS, BLOCK,
     )  # fmt: skip
-    kernel = triton_rank.rank_kernel
-    kernel[(tokens,)](scores, best, experts, power_of_two(experts), width, num_warps=1)
+    kernel = triton_rank.best_kernel
+    padded = power_of_two(experts)
+    kernel[(tokens,)](scores, scores, best, experts, padded, width, False, LAST, num_warps=1)
     return best
+
+
+def top_values(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The *width* largest of each of *rows* [T, E], falling, and where they are, int64: [T, width].
+
+    What ``torch.topk`` gives, of equals the first; a value that is no number is the largest. One
+    launch, which a CUDA graph may capture once it has run.
+    """
+    from runtime.kernels import triton_rank
+
+    tokens, experts = rows.shape
+    values = rows.new_empty(tokens, width)
+    best = torch.empty(tokens, width, dtype=torch.int64, device=rows.device)
+    kernel: Any = triton_rank.best_kernel
+    padded = power_of_two(experts)
+    kernel[(tokens,)](rows, values, best, experts, padded, width, True, FIRST, num_warps=1)
+    return values, best

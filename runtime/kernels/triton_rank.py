@@ -30,18 +30,35 @@ def scores_kernel(
 
 
 @triton.jit
-def rank_kernel(scores, best, EXPERTS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr):
-    """*best* int64 [rows, WIDTH] of *scores* [rows, EXPERTS], falling; one program a row.
+def _keys(x, e, here, NAN: tl.constexpr):
+    """int64 in the order of *x*, of equals the smaller *e* higher, below them what is not *here*.
 
-    Of equal scores the one with the smaller number comes first. A score that is no number is last.
+    NAN stands in place of what is no number.
+    """
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    order = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), NAN)
+    keys = (order.to(tl.int64) << 32) | (0x7FFFFFFF - e).to(tl.int64)
+    return tl.where(here, keys, -0x8000000000000000)
+
+
+@triton.jit
+def best_kernel(
+    scores, values, best, EXPERTS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr,
+    VALUES: tl.constexpr, NAN: tl.constexpr,
+):  # fmt: skip
+    """*best* int64 [rows, WIDTH] of *scores* [rows, EXPERTS], falling, and with VALUES their
+    *values*; one program a row. Of equal scores the one with the smaller number comes first, a
+    score that is no number where NAN, the bits of one that is, would come.
     """
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, PADDED)
-    x = tl.load(scores + row * EXPERTS + e, mask=e < EXPERTS, other=0.0)
-    # Above what is not there or taken already, below everything else.
-    x = tl.where((x == x) & (x > -3e38), x, -3e38)
-    x = tl.where(e < EXPERTS, x, float("-inf"))
+    here = e < EXPERTS
+    keys = _keys(tl.load(scores + row * EXPERTS + e, mask=here, other=0.0), e, here, NAN)
     for place in range(WIDTH):
-        found = tl.argmax(x, axis=0, tie_break_left=True)
-        tl.store(best + row * WIDTH + place, found.to(tl.int64))
-        x = tl.where(e == found, float("-inf"), x)
+        key = tl.max(keys, axis=0)
+        tl.store(best + row * WIDTH + place, 0x7FFFFFFF - (key & 0x7FFFFFFF))
+        if VALUES:
+            order = (key >> 32).to(tl.int32)
+            bits = order ^ ((order >> 31) & 0x7FFFFFFF)
+            tl.store(values + row * WIDTH + place, bits.to(tl.float32, bitcast=True))
+        keys = tl.where(keys == key, -0x8000000000000000, keys)

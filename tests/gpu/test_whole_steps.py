@@ -17,7 +17,7 @@ from policies.builtin.lru import LRU  # noqa: E402
 from runtime import handshake, offload  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
 from runtime.families import FAMILIES, find_gates  # noqa: E402
-from runtime.kernels.rank import best_experts  # noqa: E402
+from runtime.kernels.rank import best_experts, top_values  # noqa: E402
 from runtime.whole_steps import WholeStep  # noqa: E402
 from tests.gpu.stress import stress  # noqa: E402
 from tests.gpu.test_runtime import delayed, logits_of  # noqa: E402
@@ -113,6 +113,30 @@ def test_the_best_experts_are_those_of_a_sort(experts, dtype, bias):
         found, sorted_ = scores.gather(1, best), scores.topk(width, dim=1).values
         near = 1e-4 if dtype == torch.float32 or tokens <= 64 else 0.05
         assert float((found - sorted_).abs().max()) < near * size**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (8, 8), (60, 4), (128, 8), (256, 1)])
+def test_quick_top_k_is_that_of_torch(experts, k, dtype):
+    draw = torch.Generator("cuda").manual_seed(experts)
+    for tokens in (1, 3, 64):
+        rows = torch.randn(tokens, experts, device="cuda", generator=draw).to(dtype)
+        rows[0, : experts // 2] = float("-inf")
+        rows[-1, 3] = rows[-1, 5] = rows[-1].max() + 1
+        expected = rows.topk(k, dim=1)
+        values, best = top_values(rows, k)
+        assert torch.equal(values, expected.values)
+        assert torch.equal(rows.gather(1, best), values)
+        assert all(len(set(row)) == k for row in best.tolist())
+        # Of equals the first.
+        assert best[-1, :2].tolist() == [3, 5][: min(k, 2)]
+
+
+def test_what_is_no_number_is_the_largest():
+    rows = torch.tensor([[1.0, float("nan"), float("inf"), -2.0, -float("nan")]], device="cuda")
+    values, best = top_values(rows, 3)
+    assert best.tolist() == [[1, 4, 2]]
+    assert values.isnan().tolist() == [[True, True, False]]
 
 
 def free_again() -> bool:
