@@ -182,8 +182,9 @@ _OPTIONS = (
     click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda",
                  show_default=True, help="FreeToken runs on CUDA alone."),
     click.option("--tiny", is_flag=True, help="Small dimensions: a dry run."),
-    click.option("--hardware", default="h200-pcie5", show_default=True,
-                 help="Hardware profile for our policies: a name or a TOML file."),
+    click.option("--hardware", default="docs/validation/h100.toml", show_default=True,
+                 help="Hardware profile for our policies: a name or a TOML file. One of captured "
+                 "steps: what a layer takes otherwise is several times too long."),
     click.option("--logs", type=_FILE, default="out/freetoken", show_default=True,
                  help="Folder for all that the processes print."),
     click.option("--limit", type=click.FloatRange(min=1), default=3600.0, show_default=True,

@@ -24,11 +24,11 @@ LRU = "lru"
 POLICIES_TRIED = (
     LRU,
     "lfru",
-    "lfu",
+    "fading",
+    "fading:half_life=96",
     "predictive",
     "predictive:horizon=1",
-    "predictive:confidence=0.6",
-    "predictive+markov",
+    "predictive:horizon=1,half_life=96",
 )
 #: Steps of a batch, at least: the first half of them only fills the slots.
 LEAST_STEPS = 128
