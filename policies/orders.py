@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -145,6 +146,83 @@ class Frequency:
         del bucket.copies[copy]
         if not bucket.copies:
             bucket.previous.next, bucket.next.previous = bucket.next, bucket.previous
+
+
+class Faded:
+    """Copies from the least to the most used, a use counting half after *half_life* steps.
+
+    Uses are counted whether an expert is held or not. Instead of letting all counts fade, which
+    no order sees, each new use counts for more: a count only grows when its expert is used. So a
+    heap may hold counts as they once were, which are put right when they come to its top, and a
+    use costs no more than an addition.
+    """
+
+    #: Where what a use counts would grow beyond floats, all counts shrink.
+    MOST = 1e200
+
+    def __init__(self, context: Context, half_life: float) -> None:
+        pools = Pools(context)
+        self._of = pools.of
+        self._growth = 2.0 ** (1.0 / half_life)
+        self._weight = 1.0
+        self._counts = [0.0] * context.total
+        self._held: set[int] = set()
+        self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(pools.count)]
+        #: Copies that have an entry in a heap, held or not, and entries that were named last.
+        self._listed: set[int] = set()
+        self._named: list[tuple[float, int]] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._weight *= self._growth
+        if self._weight > self.MOST:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        self._restore()
+        scale, self._weight = 1.0 / self._weight, 1.0
+        self._counts = [count * scale for count in self._counts]
+        for heap in self._heaps:
+            heap[:] = [(count * scale, copy) for count, copy in heap]
+            heapify(heap)
+
+    def use(self, experts: Sequence[int]) -> None:
+        """An event uses *experts*."""
+        counts, weight = self._counts, self._weight
+        for expert in experts:
+            counts[expert] += weight
+
+    def add(self, copy: int) -> None:
+        """*copy* is held now."""
+        self._held.add(copy)
+        if copy not in self._listed:
+            self._listed.add(copy)
+            heappush(self._heaps[self._of(copy)], (self._counts[copy], copy))
+
+    def remove(self, copy: int) -> None:
+        """*copy* is held no longer; its entry goes when it comes up."""
+        self._held.discard(copy)
+
+    def least(self, incoming: int) -> Iterator[int]:
+        """The pool of *incoming*, least used first; one of these may run at a time."""
+        self._restore()
+        heap, counts, held = self._heaps[self._of(incoming)], self._counts, self._held
+        while heap:
+            count, copy = heap[0]
+            if copy not in held:
+                heappop(heap)
+                self._listed.discard(copy)
+            elif count < counts[copy]:
+                heapreplace(heap, (counts[copy], copy))
+            else:
+                self._named.append(heappop(heap))
+                yield copy
+
+    def _restore(self) -> None:
+        """Enter again what was named, of which no more than one has gone."""
+        for entry in self._named:
+            heappush(self._heaps[self._of(entry[1])], entry)
+        self._named.clear()
 
 
 class Ranked:

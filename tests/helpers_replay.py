@@ -105,6 +105,19 @@ class LFRU(Rule):
         self.worth = self.uses / (event - self.last + 1)
 
 
+class Fading(Rule):
+    """Worth is the sum over past uses of 2^(steps since the first / 32)."""
+
+    def __init__(self, total: int, events: list[Event]) -> None:
+        super().__init__(total, events)
+        self.events, self.weight = events, 1.0
+
+    def used(self, event: int, demand: list[int], held: np.ndarray) -> None:
+        if self.events[event][0] == 0:
+            self.weight *= 2.0 ** (1.0 / 32.0)
+        self.worth[demand] += self.weight
+
+
 class Belady(Rule):
     """Worth is how soon the next event comes, found in the list of each expert's events."""
 
@@ -122,7 +135,9 @@ class Belady(Rule):
             self.worth[expert] = -later[i] if i < len(later) else -np.inf
 
 
-RULES = {"lru": LRU, "fifo": FIFO, "lfu": LFU, "lfru": LFRU, "belady": Belady}
+RULES = {
+    "lru": LRU, "fifo": FIFO, "lfu": LFU, "lfru": LFRU, "fading": Fading, "belady": Belady,
+}  # fmt: skip
 
 
 class Static(LRU):

@@ -22,11 +22,13 @@ from benchmarks.freetoken.plan import (
     OFFLOAD,
     OURS,
     POLICIES_TRIED,
+    ROUTINGS,
     TINY,
     Cell,
     Task,
     our_cells,
     parse_policy,
+    routed,
     share_of,
     slots_of,
     their_cells,
@@ -42,6 +44,7 @@ class Request:
     """The options of one run."""
 
     out: Path
+    routing: tuple[str, ...]
     batch: tuple[int, ...]
     share: tuple[str, ...]
     policy: tuple[str, ...]
@@ -57,13 +60,14 @@ class Request:
     logs: Path
     limit: float
 
-    def tasks(self, folder: str) -> list[Task]:
+    def tasks(self, routing: str, folder: str) -> list[Task]:
         """The checkpoint's task, then those that measure; every mistake is told here."""
-        shape = TINY if self.tiny else FULL
+        shape = routed(TINY if self.tiny else FULL, routing)
         shape = replace(shape, layers=self.layers) if self.layers else shape
         for policy in self.policy:
             parse_policy(policy)
-        task = Task(CHECKPOINT, folder, shape, self.device, self.prompt, self.seed, self.hardware)
+        told = (self.device, self.prompt, self.seed, self.hardware, routing)
+        task = Task(CHECKPOINT, folder, shape, *told)
         shares = sorted({share_of(text) for text in self.share}, reverse=True)
         theirs = self.only != OURS
         if theirs:
@@ -96,25 +100,34 @@ class Request:
 
 
 def run(request: Request) -> int:
-    """Measure, writing the list after every process; 1 if a cell failed."""
+    """Measure one kind of routing after the other; 1 if a cell failed."""
     end = time.monotonic() + request.limit
     temporary = tempfile.TemporaryDirectory if request.folder is None else nullcontext
-    with temporary() as made:
-        folder = Path(made) if made else request.folder
-        assert folder is not None
-        first, *tasks = request.tasks(str(folder.resolve()))
-        found = rows.read(request.out) if request.out.is_file() else []
-        begun = time.monotonic()
-        launch.make_checkpoint(first, request.logs, request.limit)
-        _tell(f"{first.system}: {time.monotonic() - begun:.0f} s, {folder}")
-        failed = False
-        for task in tasks:
-            for cell, result, facts in launch.run_all(task, request.logs, end):
-                _tell(rows.add(found, task, cell, result, facts))
-                _tell(_said(task, cell, result))
-                failed |= "failed" in result
-                rows.write(request.out, found)
+    failed = False
+    for routing in dict.fromkeys(request.routing):
+        # A checkpoint that is not kept makes room for the next.
+        with temporary() as made:
+            folder = Path(made) if made else request.folder
+            assert folder is not None
+            failed |= _run_one(request, routing, folder / routing, end)
     return int(failed)
+
+
+def _run_one(request: Request, routing: str, folder: Path, end: float) -> bool:
+    """Measure on one checkpoint, writing the list after every process; whether a cell failed."""
+    first, *tasks = request.tasks(routing, str(folder.resolve()))
+    found = rows.read(request.out) if request.out.is_file() else []
+    logs, begun = request.logs / routing, time.monotonic()
+    launch.make_checkpoint(first, logs, max(end - begun, 0.0))
+    _tell(f"{routing} routing, {first.system}: {time.monotonic() - begun:.0f} s, {folder}")
+    failed = False
+    for task in tasks:
+        for cell, result, facts in launch.run_all(task, logs, end):
+            _tell(rows.add(found, task, cell, result, facts))
+            _tell(_said(task, cell, result))
+            failed |= "failed" in result
+            rows.write(request.out, found)
+    return failed
 
 
 def _tell(text: str) -> None:
@@ -125,7 +138,7 @@ def _tell(text: str) -> None:
 def _said(task: Task, cell: Cell, result: dict[str, Any]) -> str:
     """One line about a cell."""
     name = f"{task.system} {cell.policy}".strip()
-    head = f"{name}, {cell.slots} slots, batch {cell.batch}: "
+    head = f"{name}, {task.routing} routing, {cell.slots} slots, batch {cell.batch}: "
     if "failed" in result:
         return head + result["failed"]
     missed = result.get("missed_per_token")
@@ -148,6 +161,9 @@ def render(out: Path, page: Path, cells: Path | None) -> int:
 _OPTIONS = (
     click.option("--out", type=_FILE, default="docs/performance/graph.json", show_default=True,
                  help="The list; rows that are not measured now stay."),
+    click.option("--routing", type=click.Choice(ROUTINGS), multiple=True, default=ROUTINGS,
+                 show_default=True, help="Weights and tokens as initialised and drawn evenly, or "
+                 "such that routing is as on text; repeat it."),
     click.option("--batch", type=click.IntRange(min=1), multiple=True, default=(1, 8),
                  show_default=True, help="Sequences that decode together; repeat it."),
     click.option("--share", multiple=True, default=("100%", "50%", "25%"), show_default=True,
@@ -160,13 +176,15 @@ _OPTIONS = (
                  help="Tokens of each prompt."),
     click.option("--layers", type=click.IntRange(min=1), help="MoE layers.  [default: 12]"),
     click.option("--seed", type=int, default=0, show_default=True),
-    click.option("--folder", type=_FILE, help="Keep the checkpoint here, and use it again."),
+    click.option("--folder", type=_FILE, help="Keep each routing's checkpoint in a folder of its "
+                 "name here, and use it again."),
     click.option("--only", type=click.Choice([OURS, OFFLOAD]), help="Measure one of them."),
     click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda",
                  show_default=True, help="FreeToken runs on CUDA alone."),
     click.option("--tiny", is_flag=True, help="Small dimensions: a dry run."),
-    click.option("--hardware", default="h200-pcie5", show_default=True,
-                 help="Hardware profile for our policies: a name or a TOML file."),
+    click.option("--hardware", default="docs/validation/h100.toml", show_default=True,
+                 help="Hardware profile for our policies: a name or a TOML file. One of captured "
+                 "steps: what a layer takes otherwise is several times too long."),
     click.option("--logs", type=_FILE, default="out/freetoken", show_default=True,
                  help="Folder for all that the processes print."),
     click.option("--limit", type=click.FloatRange(min=1), default=3600.0, show_default=True,

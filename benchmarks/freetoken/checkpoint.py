@@ -26,7 +26,8 @@ DTYPE = torch.bfloat16
 
 def made_of(task: Task) -> dict[str, Any]:
     """What tells one checkpoint from another."""
-    return {"shape": task.to_dict()["shape"], "seed": task.seed, "device": task.device}
+    told = task.to_dict()
+    return {name: told[name] for name in ("routing", "shape", "seed", "device")}
 
 
 def is_made(task: Task) -> bool:
@@ -104,7 +105,7 @@ def _outer(shape: Shape) -> Piece:
 
 
 def _drawn(piece: Piece, shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
-    """Norms are 1; matrices are drawn as for the side by side, so that routing is varied."""
+    """Norms are 1; matrices are drawn as for the side by side, with the spreads of *shape*."""
     found = {}
     for name, size in piece.items():
         values = torch.ones(size, dtype=DTYPE, device=generator.device)

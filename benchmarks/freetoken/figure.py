@@ -1,8 +1,9 @@
-"""The bars: FreeToken's and our time per decode step, a panel for each batch."""
+"""The bars: FreeToken's and our time per decode step, a panel for each routing and batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -23,15 +24,16 @@ _SERIES = (
 @styled
 def step_bars(rows: Sequence[Row]) -> Figure:
     """One group of bars for each share of slots; what was not measured has none."""
+    routings = sorted({row["routing"] for row in rows})
     batches = sorted({row["batch"] for row in rows})
-    figure = new_figure(4.2)
-    panels = figure.subplots(1, len(batches), squeeze=False)[0]
-    for axes, batch in zip(panels, batches, strict=True):
-        mine = [row for row in rows if row["batch"] == batch]
+    figure = new_figure(0.7 + 3.5 * len(routings))
+    panels = figure.subplots(len(routings), len(batches), squeeze=False).ravel()
+    for axes, (routing, batch) in zip(panels, product(routings, batches), strict=True):
+        mine = [row for row in rows if (row["routing"], row["batch"]) == (routing, batch)]
         groups = [f"{row['slots_share']:.0%} of the experts" for row in mine]
         heights = {label: ([row[key] or 0.0 for row in mine], c) for key, label, c in _SERIES}
         bars(axes, groups, heights)
-        axes.set_title(f"batch {batch}")
+        axes.set_title(f"{routing} routing, batch {batch}")
         axes.set_ylabel("milliseconds per decode step")
     legend_below(figure, panels[0], len(_SERIES))
     return figure

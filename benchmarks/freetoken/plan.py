@@ -14,17 +14,21 @@ from traces.errors import InputError
 
 #: Kinds of processes: one makes the checkpoint, the others measure.
 CHECKPOINT, OURS, OFFLOAD, FUSED = "checkpoint", "ours", "freetoken", "freetoken-fused"
+#: How a model routes: by weights as transformers initialises them, on tokens drawn evenly; or as
+#: trained models route text, by the spreads of its shape, on tokens with text's repetitions.
+RANDOM, TEXT = "random", "text"
+ROUTINGS = (RANDOM, TEXT)
 #: The policy that FreeToken has, and the one that every row of ours is compared with.
 LRU = "lru"
 #: Exact policies whose best is told, with ``+`` before a forecaster other than ``ahead``.
 POLICIES_TRIED = (
     LRU,
     "lfru",
-    "lfu",
+    "fading",
+    "fading:half_life=96",
     "predictive",
     "predictive:horizon=1",
-    "predictive:confidence=0.6",
-    "predictive+markov",
+    "predictive:horizon=1,half_life=96",
 )
 #: Steps of a batch, at least: the first half of them only fills the slots.
 LEAST_STEPS = 128
@@ -47,7 +51,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Task:
-    """All that one process is told; *folder* is that of the checkpoint."""
+    """All that one process is told; *folder* is that of the checkpoint.
+
+    *shape* has the spreads that *routing* asks for: :func:`routed`.
+    """
 
     system: str
     folder: str
@@ -56,6 +63,7 @@ class Task:
     prompt: int
     seed: int
     hardware: str
+    routing: str
     cells: tuple[Cell, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,6 +75,13 @@ class Task:
         """The task that :meth:`to_dict` wrote."""
         cells = tuple(Cell(**cell) for cell in values["cells"])
         return cls(**{**values, "shape": Shape(**values["shape"]), "cells": cells})
+
+
+def routed(shape: Shape, routing: str) -> Shape:
+    """*shape* with weights that route as *routing* says."""
+    if routing == TEXT:
+        return shape
+    return replace(shape, weight_std=0.02, gate_std=0.02, gate_spread=0.0, embed_std=0.02)
 
 
 def steps_of(tokens: int, batch: int) -> int:

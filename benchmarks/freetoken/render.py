@@ -20,7 +20,7 @@ GRAPH, GPT_OSS = "freetoken", "gpt-oss"
 GOALS = {1.0: (0.95, None), 0.5: (0.90, 0.70), 0.25: (0.85, 0.65)}
 
 _HEAD = (
-    "batch", "slots", "FreeToken", "ours, `lru`", "ours, best exact policy",
+    "routing", "batch", "slots", "FreeToken", "ours, `lru`", "ours, best exact policy",
     "missed per token: FreeToken", "`lru`", "best (and prefetched)",
 )  # fmt: skip
 _CELLS_HEAD = (
@@ -44,7 +44,8 @@ def section(rows: Sequence[Row], figure: str) -> str:
     lines = [_about(rows), "", *markdown(_HEAD, [_line(row) for row in rows])]
     lines += ["", f"![Time per decode step, ours and FreeToken's]({figure})"]
     failed = [
-        f"- {label}, batch {row['batch']}, {row['slots_share']:.0%}: {_without_log(reason)}"
+        f"- {label}, {row['routing']} routing, batch {row['batch']}, {row['slots_share']:.0%}: "
+        + _without_log(reason)
         for row in rows
         for label, reason in row["failed"].items()
     ]
@@ -74,6 +75,7 @@ def _line(row: Row) -> list[str]:
     policy = f" `{row['best_policy']}`" if row["best_policy"] else ""
     backend = min(row[OFFLOAD], key=lambda name: row[OFFLOAD][name]["ms"], default="")
     return [
+        row["routing"],
         str(row["batch"]),
         f"{row['slots']:,} ({row['slots_share']:.0%})",
         _ms(theirs) + (" (fused)" if backend == "fused" else ""),

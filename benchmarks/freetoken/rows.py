@@ -1,4 +1,4 @@
-"""The JSON list: one object for each batch and share of slots, filled as cells are measured."""
+"""The JSON list: an object for each routing, batch and share of slots, filled cell by cell."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from traces.writing import replacing
 Row = dict[str, Any]
 
 #: The first keys of every row, in this order; they follow from the measurements behind them.
-FIRST = ("model", "batch", "slots_share", "freetoken_ms", "lru_ms", "best_ms", "best_policy")
+FIRST = (
+    "model", "routing", "batch", "slots_share", "freetoken_ms", "lru_ms", "best_ms", "best_policy",
+)  # fmt: skip
 #: What rows must share to be measured in the same run.
 _SETUP = ("shape", "prompt", "steps", "seed", "machine", "versions", "date")
 
@@ -48,20 +50,22 @@ def add(rows: list[Row], task: Task, cell: Cell, result: Row, facts: dict[str, A
     """
     name = model_name(task)
     share = round(cell.slots / task.shape.total, 6)
-    key = (name, cell.batch, share)
+    key = (name, task.routing, cell.batch, share)
     row = next((row for row in rows if _key(row) == key), None)
     setup = setup_of(task, cell, facts)
     told = ""
     if row is not None and facts and (apart := _apart(row, setup)):
-        told = f"batch {cell.batch}, {share:.0%}: measured before with another {apart}, begun anew"
+        told = f"{task.routing} routing, batch {cell.batch}, {share:.0%}: "
+        told += f"measured before with another {apart}, begun anew"
         rows.remove(row)
         row = None
     if row is None:
         row = dict.fromkeys(FIRST)
-        row |= {"model": name, "batch": cell.batch, "slots_share": share, "slots": cell.slots}
+        row |= {"model": name, "routing": task.routing, "batch": cell.batch}
+        row |= {"slots_share": share, "slots": cell.slots}
         row |= {OFFLOAD: {}, OURS: {}, "failed": {}}
         rows.append(row)
-        rows.sort(key=lambda row: (row["model"], row["batch"], -row["slots_share"]))
+        rows.sort(key=lambda row: (*_key(row)[:-1], -row["slots_share"]))
     if facts:
         row |= setup
     _put(row, task, cell, result)
@@ -69,8 +73,8 @@ def add(rows: list[Row], task: Task, cell: Cell, result: Row, facts: dict[str, A
     return told
 
 
-def _key(row: Row) -> tuple[str, int, float]:
-    return row["model"], row["batch"], row["slots_share"]
+def _key(row: Row) -> tuple[str, str, int, float]:
+    return row["model"], row["routing"], row["batch"], row["slots_share"]
 
 
 def _apart(row: Row, setup: dict[str, Any]) -> str:

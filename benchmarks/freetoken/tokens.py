@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.freetoken.plan import Cell, Task
+from benchmarks.freetoken.plan import RANDOM, Cell, Task
 from benchmarks.side_by_side.tokens import draw_text
 
 
@@ -16,11 +16,17 @@ def texts(task: Task, cell: Cell) -> Tensor:
     The last token is not decoded: it is what the last step is made to choose.
     """
     length = task.prompt + cell.steps + 1
+    draw = _draw_evenly if task.routing == RANDOM else draw_text
     drawn = [
-        draw_text(length, task.shape.vocab, torch.Generator().manual_seed(1000 * task.seed + row))
+        draw(length, task.shape.vocab, torch.Generator().manual_seed(1000 * task.seed + row))
         for row in range(cell.batch)
     ]
     return torch.stack(drawn)
+
+
+def _draw_evenly(length: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Token ids int64 [length], each as likely as any other."""
+    return torch.randint(vocabulary, (length,), generator=generator)
 
 
 def counted_from(steps: int) -> int:

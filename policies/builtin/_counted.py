@@ -118,6 +118,32 @@ class Duel:
             self._first.clear()
 
 
+class LinkUse:
+    """How much of the time between two events the link is busy, by the copies that are made."""
+
+    #: How fast the mean of copies follows, a share for each event.
+    RATE = 0.02
+
+    def __init__(self, context: Context) -> None:
+        self._transfers = context.transfer_s / context.layer_s if context.layer_s else 0.0
+        self._made = 0
+        self._mean = 0.0
+
+    @property
+    def busy(self) -> float:
+        """The share, at most 1: what a copy that turns out wrong takes from others."""
+        return min(1.0, self._mean * self._transfers)
+
+    def use(self) -> None:
+        """An event has come."""
+        self._mean += self.RATE * (self._made - self._mean)
+        self._made = 0
+
+    def load(self) -> None:
+        """A copy is made."""
+        self._made += 1
+
+
 class Displaced:
     """What prefetches won: those that came true, less misses of what they had displaced.
 

@@ -6,19 +6,30 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import filterfalse
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from policies.base import Context, Forecast, Path, Policy, StepForecast, triples
-from policies.builtin._counted import BesideLru, Displaced, Duel
+from policies.builtin._counted import BesideLru, Displaced, Duel, LinkUse
+from policies.builtin._habit import Habit
 from policies.builtin._next_use import NextUse
 from policies.future import NEVER
-from policies.orders import recency
 from policies.registry import parameter, register
 from policies.routing import Routing, Step
 from traces.errors import InputError
 
 #: How ``predictive`` chooses what to evict.
-EVICT = ("reuse", "recency")
+EVICT = ("reuse", "frequency", "recency")
+
+
+class Price(NamedTuple):
+    """What a prefetch costs, and costs more if it is *wrong*, in seconds.
+
+    *honest* is the share of earlier ones' chances that came true.
+    """
+
+    cost: float
+    wrong: float
+    honest: float
 
 
 @register("predictive")
@@ -52,18 +63,21 @@ class Predictive(Policy):
     margin: float = parameter(0.1, "least gain worth a slot, in transfers", low=0, high=1)
     confidence: float = parameter(0.35, "least chance worth protecting or fetching", low=0, high=1)
     protect: bool = parameter(True, "keep held experts that are forecast")
-    evict: str = parameter("reuse", "by forecasts of reuse where there are any, or by recency")
+    evict: str = parameter("reuse", "by forecasts of reuse, if any; by frequency; or by recency")
+    half_life: float = parameter(
+        32.0, "steps after which a use counts half; not for evict=recency", low=1, high=1e6
+    )
     age: float = parameter(
         0.2, "tokens by which a token without use delays the next; evict=reuse", low=0, high=8
     )
 
     def __post_init__(self) -> None:
         if self.evict not in EVICT:
-            raise InputError(f"evict is {self.evict!r}, expected {' or '.join(EVICT)}")
+            raise InputError(f"evict is {self.evict!r}, expected {', '.join(EVICT)}")
 
     def reset(self, context: Context) -> None:
         self._context = context
-        self._recency = recency(context)
+        self._habit = Habit(context, 0.0 if self.evict == "recency" else self.half_life)
         self._next_use: NextUse | None = None
         self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
         self._lag_s = 0.0
@@ -72,6 +86,7 @@ class Predictive(Policy):
         saturated = context.transfer_s > context.layer_s
         self._beside = BesideLru(context) if saturated else None
         self._displaced = Displaced(context)
+        self._link = LinkUse(context)
         self._duel = Duel()
         self._pinned: Sequence[int] = ()
         self._now = -1
@@ -92,6 +107,7 @@ class Predictive(Policy):
             self._came_true(experts)
         missing = not self._held.issuperset(experts)
         self._missing += 0.02 * (missing - self._missing)
+        self._link.use()
         missed = set(experts) - self._held if missing else ()
         self._displaced.use(event, missed, len(missed))
         if self._beside is not None:
@@ -103,8 +119,8 @@ class Predictive(Policy):
                     next_use.forget(expert)
                 if fetched.get(expert) == event:
                     del fetched[expert]
-                    self._recency.first(expert)
-        self._recency.touch(experts)
+                    self._habit.wrong(expert)
+        self._habit.use(experts)
         if next_use is not None:
             self._pinned = experts
             self._duel.use(experts)
@@ -122,7 +138,8 @@ class Predictive(Policy):
 
     def on_load(self, copy: int) -> None:
         self._held.add(copy)
-        self._recency.add(copy)
+        self._link.load()
+        self._habit.add(copy)
         if self._next_use is not None:
             self._next_use.add(copy)
         self._displaced.load(self._fetched.get(copy, -1))
@@ -138,7 +155,7 @@ class Predictive(Policy):
                 self._judge(self._next_use, copy)
             self._next_use.remove(copy)
         self._held.discard(copy)
-        self._recency.remove(copy)
+        self._habit.remove(copy, self._due)
         self._fetched.pop(copy, None)
 
     def _judge(self, next_use: NextUse, copy: int) -> None:
@@ -146,7 +163,7 @@ class Predictive(Policy):
         if not next_use.known:
             return
         lost = self._duel.lost
-        order = next_use.order(copy) if lost else self._least_recent(copy)
+        order = next_use.order(copy) if lost else self._habitual(copy)
         other = next((c for c in order if c in self._held and c not in self._pinned), copy)
         self._duel.watch(*((other, copy) if lost else (copy, other)))
 
@@ -157,6 +174,7 @@ class Predictive(Policy):
             self._next_use = NextUse(self._context, self.age, self._held)
         self._displaced.begin()
         self._noted = None
+        self._habit.begin()
         if self._beside is not None:
             self._beside.begin()
         if self._next_use is not None:
@@ -205,7 +223,7 @@ class Predictive(Policy):
         """Note what is foreseen; yield what is worth fetching, nearest layer first."""
         held, due, confidence = self._held, self._due, self.confidence
         next_use = self._next_use
-        price: tuple[float, float] | None = None
+        price: Price | None = None
         for ahead, experts, scores in triples(self._near(forecast)):
             event = self._now + ahead
             named = self._named.setdefault(event, [])
@@ -237,20 +255,19 @@ class Predictive(Policy):
             return forecast
         return forecast[: bisect_right(forecast.aheads, self.horizon)]
 
-    def _least_chance(self, ahead: int, price: tuple[float, float]) -> float:
+    def _least_chance(self, ahead: int, price: Price) -> float:
         """The chance at which a prefetch for *ahead* events from now starts to pay.
 
-        Gain p * hidden against what it costs, both in seconds: *hidden* is what the layers
-        until then cover of a transfer that starts when the link is free.
+        Gain p * hidden against what it costs, and (1 - p) * wrong more, in seconds: *hidden* is
+        what the layers until then cover of a transfer that starts when the link is free.
         """
         hidden = min(self._transfer_s, ahead * self._layer_s - self._lag_s)
-        cost, honest = price
-        if hidden <= 0.0 or honest <= 0.0:
+        if hidden <= 0.0 or price.honest <= 0.0:
             return 2.0
-        return cost / (hidden * honest)
+        return (price.cost + price.wrong) / (hidden * price.honest + price.wrong)
 
-    def _price(self) -> tuple[float, float]:
-        """What a prefetch costs now, in seconds, and the share of chances that come true.
+    def _price(self) -> Price:
+        """What a prefetch costs now, and how many come true of those that should.
 
         The cost is caution * missing * spill, where *spill* is how long the transfer still
         occupies the link at the next gate, and what it must win in any case.
@@ -262,7 +279,7 @@ class Predictive(Policy):
         honest = min(1.0 - wasted, self._kept / self._promised)
         if self._beside is not None:
             honest = min(honest, self._beside.worth)
-        return cost, honest
+        return Price(cost, self._link.busy * transfer, honest)
 
     def victims(self, incoming: int) -> Iterator[int]:
         """The farthest next use first, where it is known; a prefetch displaces farther ones only.
@@ -274,10 +291,11 @@ class Predictive(Policy):
             if incoming in self._fetched:
                 return self._next_use.after(incoming)
             return self._next_use.order(incoming)
-        return self._least_recent(incoming)
+        return self._habitual(incoming)
 
-    def _least_recent(self, incoming: int) -> Iterator[int]:
-        due, order = self._due, self._recency.order(incoming)
-        yield from filterfalse(due.__contains__, order)
+    def _habitual(self, incoming: int) -> Iterator[int]:
+        due, habit = self._due, self._habit
+        yield from filterfalse(due.__contains__, habit.order(incoming))
         if incoming not in self._fetched:
-            yield from sorted(filter(due.__contains__, order), key=due.__getitem__, reverse=True)
+            foreseen = filter(due.__contains__, habit.order(incoming))
+            yield from sorted(foreseen, key=due.__getitem__, reverse=True)

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.freetoken import rows
 from benchmarks.freetoken.__main__ import main
+from benchmarks.freetoken.plan import ROUTINGS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,9 +26,9 @@ def test_both_sides_of_the_benchmark_run(tmp_path: Path) -> None:
     words += ["--batch", "1", "--batch", "2", "--policy", "lru", "--logs", str(tmp_path / "logs")]
     assert main(words) == 0
     found = rows.read(out)
-    assert [(row["batch"], row["slots_share"]) for row in found] == [
-        (1, 1.0), (1, 0.5), (2, 1.0), (2, 0.5),
-    ]  # fmt: skip
+    assert [(row["routing"], row["batch"], row["slots_share"]) for row in found] == [
+        (routing, batch, share) for routing in ROUTINGS for batch in (1, 2) for share in (1.0, 0.5)
+    ]
     for row in found:
         assert row["freetoken_ms"] > 0
         assert row["lru_ms"] > 0

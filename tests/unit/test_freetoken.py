@@ -22,11 +22,14 @@ from benchmarks.freetoken.plan import (
     OFFLOAD,
     OURS,
     POLICIES_TRIED,
+    RANDOM,
+    TEXT,
     TINY,
     Cell,
     Task,
     our_cells,
     parse_policy,
+    routed,
     slots_of,
     steps_of,
     their_cells,
@@ -37,7 +40,7 @@ from benchmarks.side_by_side.plan import FULL
 from runtime.streaming import open_checkpoint
 from traces.errors import InputError
 
-TASK = Task(CHECKPOINT, "", replace(TINY, layers=2), "cpu", prompt=4, seed=0, hardware="h200-pcie5")
+TASK = Task(CHECKPOINT, "", replace(TINY, layers=2), "cpu", 4, 0, "h200-pcie5", TEXT)
 FACTS = {"machine": {"device": "Card", "driver": "1"}, "versions": {"torch": "2.11.0"}}
 HALF = Cell(768, 1, 512)
 BIG = replace(TASK, shape=FULL, folder="/nowhere", device="cuda")
@@ -58,6 +61,7 @@ BIG = replace(TASK, shape=FULL, folder="/nowhere", device="cuda")
         (["--policy", "predictive+token"], "token learns from a trace"),
         (["--batch", "0"], "--batch"),
         (["--only", "vllm"], "--only"),
+        (["--routing", "even"], "--routing"),
         (["--cells", "cells.json"], "--cells: only for --render"),
         (["--render", "--out", "absent.json"], "absent.json: "),
     ],
@@ -116,6 +120,14 @@ def test_tokens_do_not_depend_on_the_batch() -> None:
     assert not torch.equal(four[1], four[2])
 
 
+@pytest.mark.parametrize("routing", [TEXT, RANDOM])
+def test_text_repeats_its_tokens_and_even_drawing_does_not(routing: str) -> None:
+    tokens = texts(replace(BIG, routing=routing), Cell(768, 1, 512))
+    distinct = len(tokens.unique()) / tokens.numel()
+    # Of 517 tokens drawn evenly from 32,000, about 4 were there before.
+    assert distinct < 0.8 if routing == TEXT else distinct > 0.97
+
+
 def test_only_the_last_half_counts() -> None:
     assert counted_from(512) == 256
     assert times_ms([9.0, 9.0, 9.0, 0.001, 0.002, 0.003])["ms"] == pytest.approx(2.0)
@@ -141,10 +153,11 @@ def filled(found: list[dict[str, Any]]) -> None:
 def test_a_row_begins_with_what_the_list_promises() -> None:
     found: list[dict[str, Any]] = []
     filled(found)
-    assert [list(row)[:7] for row in found] == [list(rows.FIRST)] * 2
+    assert [list(row)[:8] for row in found] == [list(rows.FIRST)] * 2
     first, second = ([row[key] for key in rows.FIRST] for row in found)
-    assert first == ["Qwen3-30B-A3B, 12 layers", 1, 1.0, 1.5, 1.2, 1.2, "lru"]
-    assert second == ["Qwen3-30B-A3B, 12 layers", 1, 0.5, 3.0, 2.4, 2.25, "predictive+markov"]
+    head = ["Qwen3-30B-A3B, 12 layers", TEXT, 1]
+    assert first == [*head, 1.0, 1.5, 1.2, 1.2, "lru"]
+    assert second == [*head, 0.5, 3.0, 2.4, 2.25, "predictive+markov"]
     assert found[1]["slots"] == 768
     assert found[1]["freetoken_missed_per_token"] == 7.5
     assert found[1]["lru_missed_per_token"] == 7.4
@@ -182,11 +195,22 @@ def test_another_machine_begins_a_row_anew() -> None:
     cell, result = replace(HALF, policy="lru"), {"ms": 1.0, "missed_per_token": 7.0}
     result["prefetched_per_token"] = 0.0
     told = rows.add(found, replace(BIG, system=OURS), cell, result, other)
-    assert told == "batch 1, 50%: measured before with another machine, begun anew"
+    assert told == "text routing, batch 1, 50%: measured before with another machine, begun anew"
     assert len(found) == 2
     assert found[1]["freetoken_ms"] is None
     assert found[1]["best_policy"] == "lru"
     assert found[0]["freetoken_ms"] == 1.5
+
+
+def test_each_routing_has_rows_of_its_own() -> None:
+    found: list[dict[str, Any]] = []
+    filled(found)
+    task, lru = replace(BIG, system=OURS, routing=RANDOM), replace(HALF, policy="lru")
+    result = {"ms": 1.4, "missed_per_token": 5.0, "prefetched_per_token": 0.0}
+    assert rows.add(found, task, lru, result, FACTS) == ""
+    assert [(row["routing"], row["lru_ms"]) for row in found] == [
+        (RANDOM, 1.4), (TEXT, 1.2), (TEXT, 2.4),
+    ]  # fmt: skip
 
 
 def test_the_list_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -228,14 +252,14 @@ def test_the_table_tells_shares_goals_and_failures(tmp_path: Path) -> None:
         + time.strftime("%Y-%m-%d", time.gmtime())
         in text
     )
-    half = next(line for line in lines if line.startswith("| 1 | 768"))
+    half = next(line for line in lines if line.startswith("| text | 1 | 768"))
     assert half == (
-        "| 1 | 768 (50%) | 3.00 ms | 2.40 ms, 0.80 x (goal 0.90) | "
+        "| text | 1 | 768 (50%) | 3.00 ms | 2.40 ms, 0.80 x (goal 0.90) | "
         "2.25 ms `predictive+markov`, 0.75 x (goal 0.70, **missed**) | 7.5 | 7.4 | 2.0 (9.0) |"
     )
-    whole = next(line for line in lines if line.startswith("| 1 | 1,536"))
+    whole = next(line for line in lines if line.startswith("| text | 1 | 1,536"))
     assert "1.20 ms, 0.80 x (goal 0.95) | 1.20 ms `lru`, 0.80 x |" in whole
-    assert "- ours, lfu, batch 1, 50%: left with 1: OutOfMemoryError\n" in text
+    assert "- ours, lfu, text routing, batch 1, 50%: left with 1: OutOfMemoryError\n" in text
     assert "](graph.png)" in text
     assert (tmp_path / "graph.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -303,8 +327,8 @@ def test_a_process_that_never_began_is_not_begun_again(monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    """A checkpoint of two small layers."""
-    task = replace(TASK, folder=str(tmp_path_factory.mktemp("checkpoint")))
+    """A checkpoint of two small layers, where ``--folder`` would put it."""
+    task = replace(TASK, folder=str(tmp_path_factory.mktemp("checkpoints") / TEXT))
     checkpoint.make(task)
     return task
 
@@ -324,6 +348,19 @@ def test_the_checkpoint_holds_what_was_drawn(made: Task, tmp_path: Path) -> None
     assert float(mine["model.norm.weight"].sum()) == TINY.hidden
 
 
+def test_weights_of_random_routing_are_as_transformers_draws_them(tmp_path: Path) -> None:
+    shape = routed(TASK.shape, RANDOM)
+    made = replace(TASK, folder=str(tmp_path), shape=shape, routing=RANDOM)
+    checkpoint.make(made)
+    assert checkpoint.is_made(made)
+    assert not checkpoint.is_made(replace(made, routing=TEXT))
+    config = open_checkpoint(tmp_path).model.config
+    for name, value in open_checkpoint(tmp_path).model.state_dict().items():
+        if not value.is_meta and value.dim() > 1:
+            spread = float(value.float().std())
+            assert spread == pytest.approx(config.initializer_range, rel=0.05), name
+
+
 def test_our_side_decodes_every_cell_of_one_checkpoint(made: Task) -> None:
     cells = (Cell(32, 1, 4, "lru"), Cell(16, 2, 4, "lru"), Cell(16, 2, 4, "predictive+markov"))
     found = list(ours.results(replace(made, system=OURS, cells=cells)))
@@ -338,17 +375,18 @@ def test_our_side_decodes_every_cell_of_one_checkpoint(made: Task) -> None:
 def test_a_run_writes_the_list(made: Task, tmp_path: Path) -> None:
     """In processes of their own, the checkpoint found as it was left."""
     out, folder = tmp_path / "graph.json", Path(made.folder)
+    words = ["--routing", TEXT]
     written = (folder / checkpoint.INDEX).stat().st_mtime_ns
-    words = ["--tiny", "--layers", "2", "--device", "cpu", "--only", "ours", "--out", str(out)]
+    words += ["--tiny", "--layers", "2", "--device", "cpu", "--only", "ours", "--out", str(out)]
     words += ["--batch", "1", "--share", "50%", "--tokens", "4", "--prompt", "4"]
-    words += ["--policy", "lru", "--folder", made.folder, "--logs", str(tmp_path / "logs")]
+    words += ["--policy", "lru", "--folder", str(folder.parent), "--logs", str(tmp_path / "logs")]
     assert main(words) == 0
     (row,) = rows.read(out)
     assert row["freetoken_ms"] is None
     assert row["lru_ms"] == row["best_ms"] > 0
     assert row["steps"] == 4
     assert (folder / checkpoint.INDEX).stat().st_mtime_ns == written
-    assert "Cell(slots=16, batch=1" in (tmp_path / "logs/ours-1/log").read_text()
+    assert "Cell(slots=16, batch=1" in (tmp_path / "logs/text/ours-1/log").read_text()
 
 
 class Sampler:

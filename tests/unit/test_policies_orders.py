@@ -10,9 +10,43 @@ import numpy as np
 import pytest
 
 from policies.base import Context
-from policies.orders import Pools, Ranked
+from policies.orders import Faded, Pools, Ranked
 from policies.routing import DECODE, Routing, Step
 from traces.trace import FloatArray
+
+
+@pytest.mark.parametrize("most", [Faded.MOST, 1e3])
+@pytest.mark.parametrize("pool", ["global", "layer"])
+def test_faded_names_the_least_used_of_late(
+    pool: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through evictions, returns and counts that shrink, as if each use were added up anew."""
+    monkeypatch.setattr(Faded, "MOST", most)
+    draw = random.Random(5)
+    context = Context(2, 20, 2, 30, pool=pool)
+    faded, pool_of = Faded(context, half_life=1.7), Pools(context).of
+    held: set[int] = set()
+    uses: list[tuple[int, list[int]]] = []
+    for step in range(60):
+        faded.begin()
+        for layer in range(2):
+            experts = draw.sample(range(20 * layer, 20 * layer + 20), 3)
+            faded.use(experts)
+            uses.append((step, experts))
+            # Each step's number of its own: no two that were used are equal.
+            worth = {c: sum(2 ** ((s - step) / 1.7) for s, e in uses if c in e) for c in range(40)}
+            for expert in experts:
+                mine = [c for c in held if pool_of(c) == pool_of(expert)]
+                expected = sorted(mine, key=lambda c: (round(worth[c], 9), c))
+                named = list(faded.least(expert))
+                assert [round(worth[c], 9) for c in named] == [round(worth[c], 9) for c in expected]
+                assert sorted(named) == sorted(mine)
+                if expert not in held:
+                    if len(mine) > 8:
+                        held.remove(named[0])
+                        faded.remove(named[0])
+                    held.add(expert)
+                    faded.add(expert)
 
 
 class Plain:

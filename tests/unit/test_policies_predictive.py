@@ -7,7 +7,8 @@ import pytest
 
 from policies.base import Context, Forecast, Forecaster, Reuse, StepForecast
 from policies.batching import Batches
-from policies.builtin._counted import BesideLru, Displaced, Duel
+from policies.builtin._counted import BesideLru, Displaced, Duel, LinkUse
+from policies.builtin._habit import Habit
 from policies.builtin._next_use import NextUse, expected_wait
 from policies.future import Future
 from policies.planner import Planner
@@ -183,15 +184,89 @@ def test_reuse_saves_moves(granular: MemoryTrace, pool: str, batch: int) -> None
 
 
 @pytest.mark.parametrize("forecaster", ["markov", "ahead", "oracle:accuracy=0.8,tokens=0"])
-def test_where_nothing_is_known_of_reuse_recency_decides(
+def test_where_nothing_is_known_of_reuse_habit_decides(
     granular: MemoryTrace, forecaster: str
 ) -> None:
     slots = granular.model.total_experts // 4
     found = [
         replay(policy, granular, slots, forecaster=FORECASTERS.build(forecaster)).log.sha256()
-        for policy in ("predictive", "predictive:evict=recency")
+        for policy in ("predictive", "predictive:evict=frequency", "predictive:evict=recency")
     ]
     assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_frequency_saves_moves(granular: MemoryTrace, batch: int) -> None:
+    slots = granular.model.total_experts // 4
+
+    def run(policy: str) -> Planner:
+        guess = FORECASTERS.build("markov:floor=0.1")
+        return replay(policy, granular, slots, batch=batch, forecaster=guess)
+
+    assert moves(run("predictive")) < 0.95 * moves(run("predictive:evict=recency"))
+    assert moves(run("predictive")) < 0.95 * moves(run("lru"))
+
+
+def habit_of(steps: list[list[int]], half_life: float = 1000.0) -> Habit:
+    """The order after *steps* of one layer with three slots, whose victims it named."""
+    habit, held = Habit(Context(1, 16, 1, 3), half_life), set[int]()
+    for experts in steps:
+        habit.begin()
+        habit.use(experts)
+        for expert in experts:
+            if expert not in held:
+                if len(held) == 3:
+                    gone = next(c for c in habit.order(expert) if c in held and c not in experts)
+                    habit.remove(gone, ())
+                    held.remove(gone)
+                habit.add(expert)
+                held.add(expert)
+    return habit
+
+
+def test_what_is_used_often_stays_though_others_are_more_recent() -> None:
+    passing = [[1], [1], [1], [2], [3], [4], [5]]
+    assert next(iter(habit_of(passing).order(6))) != 1
+    assert 1 not in list(habit_of(passing, half_life=0.0).order(6))
+
+
+def test_recency_decides_while_what_was_frequent_is_not_used_again() -> None:
+    """First 1 and 2 many times, then never: by frequency the third slot alone would change."""
+    once = [[1], [2]] * 500
+    fresh = [[3 + (number // 2) % 12] for number in range(400)]
+    assert {1, 2} <= set(habit_of(once + fresh[:4]).order(0))
+    apart = [[3 + number % 3] for number in range(600)]
+    assert not {1, 2} & set(habit_of(once + apart).order(0))
+
+
+def test_a_wrong_copy_takes_from_others_what_of_the_link_is_in_use() -> None:
+    link = LinkUse(Context(1, 4, 1, 2, transfer_s=1e-3, layer_s=4e-3))
+    assert link.busy == 0.0
+    for _ in range(400):
+        link.load()
+        link.use()
+    assert link.busy == pytest.approx(0.25, rel=1e-3)
+    for _ in range(400):
+        for _ in range(8):
+            link.load()
+        link.use()
+    assert link.busy == 1.0
+    assert LinkUse(Context(1, 4, 1, 2)).busy == 0.0
+
+
+def test_a_busy_link_is_spared_guesses_that_are_not_likely(
+    granular: MemoryTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> Planner:
+        guess = FORECASTERS.build("markov:floor=0.1")
+        return replay("predictive", granular, 128, forecaster=guess)
+
+    spared = run()
+    monkeypatch.setattr(LinkUse, "busy", 0.0)
+    eager = run()
+    assert 0 < spared.counts["prefetch"] < eager.counts["prefetch"]
+    assert moves(spared) < moves(eager)
 
 
 def test_wrong_forecasts_of_reuse_are_noticed(granular: MemoryTrace) -> None:
@@ -373,6 +448,6 @@ def slow_link(trace: MemoryTrace, policy: str, forecaster: str) -> Planner:
     return planner
 
 
-def test_evict_is_one_of_two() -> None:
-    with pytest.raises(InputError, match="evict is 'never', expected reuse or recency"):
+def test_evict_is_one_of_three() -> None:
+    with pytest.raises(InputError, match="evict is 'never', expected reuse, frequency, recency"):
         POLICIES.build("predictive:evict=never")

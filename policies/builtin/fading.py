@@ -1,0 +1,44 @@
+"""Fading: evict the least used of late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from policies.base import Context, Forecast, Policy
+from policies.orders import Faded
+from policies.registry import parameter, register
+from policies.routing import Routing, Step
+
+
+@register("fading")
+@dataclass
+class Fading(Policy):
+    """Counts uses, each of which counts half after *half_life* steps, and evicts the least.
+
+    The frequency that Lee et al. 2001 (LRFU) blend with recency. Counts survive eviction; ties
+    go to the smallest (layer, id).
+    """
+
+    half_life: float = parameter(
+        32.0, "decode steps after which a use counts half", low=1, high=1e6
+    )
+
+    def reset(self, context: Context) -> None:
+        self._faded = Faded(context, self.half_life)
+
+    def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
+        self._faded.begin()
+        return ()
+
+    def on_route(self, routing: Routing) -> None:
+        self._faded.use(routing.experts)
+
+    def on_load(self, copy: int) -> None:
+        self._faded.add(copy)
+
+    def on_evict(self, copy: int) -> None:
+        self._faded.remove(copy)
+
+    def victims(self, incoming: int) -> Iterable[int]:
+        return self._faded.least(incoming)
