@@ -12,7 +12,6 @@ from torch import Tensor
 
 from runtime.hook import Hook, HostAnswer
 from runtime.maths import Inputs
-from runtime.topk import QuickTopK
 from runtime.window import COUNTER, count_step, windows
 
 #: Computes the experts of a layer [T, H] from hidden states [T, H], experts and weights [T, k].
@@ -46,7 +45,7 @@ def capturing(hook: Hook, experts: Experts, stream: Any) -> Iterator[None]:
     cuda.synchronize()
     stream.wait_stream(cuda.current_stream())
     try:
-        with cuda.stream(stream), QuickTopK():
+        with cuda.stream(stream):
             yield
     finally:
         hook.capturing = None

@@ -28,6 +28,9 @@ from runtime.window import COUNTER, count_step, make_capturable
 #: Shapes that are compiled; those beyond run as they are, for each takes about a minute.
 MOST_COMPILED = 8
 
+#: The stance in which torch refuses to compile anew, and says so.
+NO_MORE = "fail_on_recompile"
+
 #: What the compiler is told: graphs are ours to capture, and bfloat16 is rounded where
 #: transformers' own kernels round it. Options that this torch does not know are left out.
 _OPTIONS = {"triton.cudagraphs": False, "emulate_precision_casts": True}
@@ -67,9 +70,16 @@ class CompiledForward:
         if not self.prepare(kwargs):
             return self._plain(**kwargs)
         cache = kwargs["past_key_values"]
-        # A guard that fails must not compile in the midst of a capture.
-        with torch.compiler.set_stance("eager_on_recompile"):
-            return self._run(self._ready[self._key(kwargs)], cache, kwargs)
+        try:
+            # A guard that fails must not compile in the midst of a capture.
+            with torch.compiler.set_stance(NO_MORE):
+                return self._run(self._ready[self._key(kwargs)], cache, kwargs)
+        except RuntimeError as error:
+            if NO_MORE not in str(error):
+                raise
+            # Nothing has run yet: guards are looked at first.
+            self._give_up("what it was compiled for has changed")
+            return self._plain(**kwargs)
 
     def prepare(self, kwargs: dict[str, Any]) -> bool:
         """Compile for a decode step of *kwargs* unless that is done; whether it is.
@@ -96,11 +106,14 @@ class CompiledForward:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self._broken = True
-            warn_uncompiled(" ".join(str(error).split())[:160])
+            self._give_up(" ".join(str(error).split())[:160])
             return False
         self._ready[key] = compiled
         return True
+
+    def _give_up(self, why: str) -> None:
+        self._broken = True
+        warn_uncompiled(why)
 
     def _options(self) -> dict[str, Any] | None:
         if self._backend != "inductor":
@@ -110,7 +123,7 @@ class CompiledForward:
 
     def _try(self, compiled: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         cache = kwargs["past_key_values"]
-        for stance in ("default", "fail_on_recompile"):
+        for stance in ("default", NO_MORE):
             with (
                 undone(cache),
                 self._hook.without_experts() as asked,

@@ -19,7 +19,6 @@ from runtime.handshake import handshake_for
 from runtime.hook import Hook
 from runtime.masks import full_windows, masks_are_given
 from runtime.maths import Fused
-from runtime.topk import QuickTopK
 from runtime.whole_steps import WholeStep
 from runtime.window import make_capturable
 
@@ -92,7 +91,7 @@ class DecodeGraphs:
 
         Nothing is planned or counted, but the key-value cache is written to.
         """
-        with self._hook.without_experts(), QuickTopK():
+        with self._hook.without_experts():
             self._forward(**kwargs)
         key = _key(kwargs)
         self._met.add(key)

@@ -26,7 +26,7 @@ from runtime.masks import with_masks
 from runtime.maths import Reference
 from runtime.predictor.forecaster import LivePath
 from runtime.rotary import follows_length, keep_frequencies
-from runtime.topk import QuickTopK
+from runtime.topk import with_quick_topk
 
 
 class StepSource(Steps, Protocol):
@@ -93,7 +93,7 @@ class Runner:
         What looks at the length of a sequence is refused here: a capture that the device breaks
         off may leave its random generator unusable.
         """
-        plain = self.plain_forward
+        plain = with_quick_topk(self.plain_forward)
         forward = compiled_forward(model, self.hook, plain) if compiled else plain
         graphs = decode_graphs(self.hook, forward, whole=whole)
         if graphs is None:
@@ -150,8 +150,7 @@ class Runner:
                 return self.graphs.run(kwargs, begin)
             begin()
             # What will be captured is loaded when it first runs.
-            with QuickTopK():
-                return self.plain_forward(**kwargs)
+            return with_quick_topk(self.plain_forward)(**kwargs)
         begin()
         return self.plain_forward(**kwargs)
 

@@ -8,6 +8,7 @@ that suit become the operator ``expertflow::topk``, also in code that is traced.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,16 @@ def _shapes(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 #: What is asked, also by code that is traced.
 _operator: Any = torch.ops.expertflow.topk
+
+
+def with_quick_topk(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """*forward*, its calls of ``torch.topk`` made quick."""
+
+    def quick(**kwargs: Any) -> Any:
+        with QuickTopK():
+            return forward(**kwargs)
+
+    return quick
 
 
 class QuickTopK(TorchFunctionMode):

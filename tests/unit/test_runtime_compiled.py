@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from transformers import StaticCache  # noqa: E402
 
 import runtime.runner  # noqa: E402
@@ -374,3 +375,22 @@ def test_a_folder_named_by_the_user_is_kept(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled._use_own_folder()
     assert os.environ[name] == str(tmp_path / "expertflow" / "inductor")
+
+
+def test_code_that_holds_no_longer_is_not_run_in_silence() -> None:
+    """A function mode of a caller's is part of what code is compiled for."""
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    model = offloaded("mixtral", layers=2)
+    forward = forward_of(model)
+    cache, ids = prefilled(model)
+    run_step(model, forward, cache, ids)
+    with Mode(), pytest.warns(RuntimeWarning, match="compiled for has changed"):
+        ours = run_step(model, forward, cache, ids).logits
+    other, ids = prefilled(model)
+    plain = model.expert_cache.runner.plain_forward
+    run_step(model, plain, other, ids)
+    assert torch.equal(ours, run_step(model, plain, other, ids).logits)
