@@ -27,15 +27,21 @@ COMING = tl.constexpr(-2)
 
 
 @triton.jit
-def _awaited(table, expert, here):
-    """The slot of *expert*, -1 if not *here*, once it is there."""
+def _awaited(table, expert):
+    """The slot of *expert*, -1 if that is -1, once it is there.
+
+    Threads may see it come at different looks: none may take a way with a barrier in it that the
+    others do not take. And what a copy has brought is read after this by all of them, also where
+    it landed long ago: a kernel that begins before the one before it has ended may find in its
+    multiprocessor's cache what lay in the slot before.
+    """
+    here = expert >= 0
     slot = tl.load(table + expert, mask=here, other=-1, volatile=True)
-    if slot == COMING:
-        while slot == COMING:
-            slot = tl.load(table + expert, mask=here, other=-1, volatile=True)
-        # What the copy brought is read after this.
-        tl.atomic_add(table + expert, 0, sem="acquire", scope="gpu")
-    return slot.to(tl.int64)
+    while slot == COMING:
+        slot = tl.load(table + expert, mask=here, other=-1, volatile=True)
+    # One thread asks, and empties that cache; the others get its answer behind a barrier.
+    slot = tl.atomic_add(table + expert, 0, mask=here, sem="acquire", scope="gpu")
+    return tl.where(here, slot, -1).to(tl.int64)
 
 
 @triton.jit
@@ -54,10 +60,10 @@ def item_of(
         slot = tl.load(slots + item).to(tl.int64)
         pairs = tl.load(members + item * CHUNK + m, mask=m < CHUNK, other=-1)
         if WAIT:
-            slot = _awaited(table, slot, slot >= 0)
+            slot = _awaited(table, slot)
     else:
         if WAIT:
-            slot = _awaited(table, tl.load(index + item), True)
+            slot = _awaited(table, tl.load(index + item))
         else:
             slot = slot_of(index, table, item, True, only)
         pairs = tl.where(m == 0, item, -1)
