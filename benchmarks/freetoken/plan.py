@@ -28,7 +28,7 @@ POLICIES_TRIED = (
     "fading:half_life=96",
     "predictive",
     "predictive:horizon=1",
-    "predictive:horizon=1,half_life=96",
+    "predictive:margin=0.5",
 )
 #: Steps of a batch, at least: the first half of them only fills the slots.
 LEAST_STEPS = 128

@@ -39,21 +39,23 @@ class Predictive(Policy):
 
     ExpertFlow (arXiv 2410.17954, section 3.3): what a forecast names for a coming layer is
     protected if it is held and fetched if it is not, nearest layer first, most likely first.
-    Once the gate has chosen, a prefetched expert that was wrong becomes the first victim, a
-    missed one is loaded ahead of every prefetch (the world's queue lets demand overtake).
+    Once the gate has chosen, a missed expert is loaded ahead of every prefetch (the world's
+    queue lets demand overtake), and a prefetched one that was wrong is protected no longer.
 
     Where the forecaster tells what the tokens after the step use again, the expert whose next
     use is expected last is evicted, across layers or, with a pool for each, within one, and a
-    prefetch displaces only what is expected later than itself. Everything else is evicted
-    least recently used; so is all of it while recency names the better victims.
+    prefetch displaces only what is expected later than itself. Everything else goes by how
+    often it was used of late, at short or at long range, whichever names the better victims;
+    so does all of it while forecasts of reuse name worse ones.
 
     A prefetch must be worth it. With chance p it hides up to a transfer behind the layers
     until its event; in any case it may hold up demand if it is still on the link at the next
-    gate. Gain and cost are weighed in seconds, from calibrated constants, the policy's own
-    count of what it put on the link, how often events miss, and how many of its earlier
-    prefetches came true. Where a layer does not cover a transfer, a prefetch also counts no
-    more than the misses that it avoids, against LRU replayed beside. Where it does, but demand
-    alone keeps the link busy, what prefetches displaced and an event then missed is taken off.
+    gate; and if it is wrong it has taken from others what of the link is in use. Gain and cost
+    are weighed in seconds, from calibrated constants, the policy's own count of what it put on
+    the link, how often events miss, and how many of its earlier prefetches came true. Where a
+    layer does not cover a transfer, a prefetch also counts no more than the misses that it
+    avoids, against LRU replayed beside. Where it does, but demand alone keeps the link busy,
+    what prefetches displaced and an event then missed is taken off.
     """
 
     forecasts: ClassVar[bool] = True
@@ -65,7 +67,7 @@ class Predictive(Policy):
     protect: bool = parameter(True, "keep held experts that are forecast")
     evict: str = parameter("reuse", "by forecasts of reuse, if any; by frequency; or by recency")
     half_life: float = parameter(
-        32.0, "steps after which a use counts half; not for evict=recency", low=1, high=1e6
+        96.0, "steps after which a use counts half, at most; not for evict=recency", low=1, high=1e6
     )
     age: float = parameter(
         0.2, "tokens by which a token without use delays the next; evict=reuse", low=0, high=8
@@ -77,7 +79,7 @@ class Predictive(Policy):
 
     def reset(self, context: Context) -> None:
         self._context = context
-        self._habit = Habit(context, 0.0 if self.evict == "recency" else self.half_life)
+        self._habit = Habit(context, None if self.evict == "recency" else self.half_life)
         self._next_use: NextUse | None = None
         self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
         self._lag_s = 0.0
