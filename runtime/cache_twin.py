@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
-from runtime.window import COUNTER, is_full
+from runtime.window import COUNTER, CapturableWindow, is_full
 
 
 def twin_of(cache: Any) -> Any:
@@ -35,6 +36,25 @@ def _layer_twin(layer: Any, aliases: dict[int, Tensor]) -> Any:
     if hasattr(layer, COUNTER):
         setattr(twin, COUNTER, layer.max_cache_len if is_full(layer) else 0)
     return twin
+
+
+def counting_layers(cache: Any) -> list[Any]:
+    """The layers of *cache*, a twin, that add one to their length in a decode step.
+
+    A window that is full does not. Kinds of layers that are not known here are left to
+    themselves, those whose tokens are placed among them: they do not count.
+    """
+    return [
+        layer
+        for layer in cache.layers
+        if type(layer) in (StaticLayer, CapturableWindow) and not is_full(layer)
+    ]
+
+
+def add_to_lengths(layers: list[Any], tokens: int) -> None:
+    """Add *tokens* to the lengths of *layers*, in one kernel for a hundred of them."""
+    if layers:
+        torch._foreach_add_([layer.cumulative_length for layer in layers], tokens)
 
 
 def signature(cache: Any) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.cache_twin import signature, twin_of, undone
+from runtime.cache_twin import add_to_lengths, counting_layers, signature, twin_of, undone
 from runtime.errors import warn_uncompiled
 from runtime.hook import Hook
 from runtime.masks import full_windows, masks_are_given
@@ -142,9 +142,12 @@ class CompiledForward:
     def _compute(self, compiled: Callable[..., Any], cache: Any, kwargs: dict[str, Any]) -> Any:
         """The pass over a twin of *cache*, with tensors laid out as in every other pass."""
         inputs = {name: _dense(value) for name, value in kwargs.items()}
-        inputs["past_key_values"] = twin_of(cache)
+        inputs["past_key_values"] = twin = twin_of(cache)
+        counting = counting_layers(twin)
         with self._shortcuts.taken(), QuickTopK():
-            return compiled(self._model(), inputs)
+            output = compiled(self._model(), inputs, counting)
+        add_to_lengths(counting, kwargs["input_ids"].shape[1])
+        return output
 
     def _key(self, kwargs: dict[str, Any]) -> Any:
         """What the code of a step depends on."""
@@ -167,9 +170,19 @@ class CompiledForward:
         )
 
 
-def _step(model: Any, inputs: dict[str, Any]) -> Any:
-    """What is compiled: the forward of the class, for the instance's has been taken over."""
-    return type(model).forward(model, **inputs)
+def _step(model: Any, inputs: dict[str, Any], counting: list[Any]) -> Any:
+    """What is compiled: the forward of the class, for the instance's has been taken over.
+
+    Layers that are *counting* add to copies of their lengths, which are dropped: what nobody
+    reads takes no kernel, where adding to the lengths themselves takes one for each layer.
+    """
+    lengths = [layer.cumulative_length for layer in counting]
+    for layer in counting:
+        layer.cumulative_length = layer.cumulative_length.clone()
+    output = type(model).forward(model, **inputs)
+    for layer, length in zip(counting, lengths, strict=True):
+        layer.cumulative_length = length
+    return output
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

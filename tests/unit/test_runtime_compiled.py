@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from transformers import StaticCache  # noqa: E402
 
@@ -139,6 +140,39 @@ def test_what_is_compiled_for_the_device_is_the_same(monkeypatch: pytest.MonkeyP
     assert asked == [0, 1] * (2 + 3 + 3 + 2)
 
 
+def test_compiled_code_writes_no_lengths() -> None:
+    """One kernel adds to those of all layers afterwards; keys and values are written in place."""
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    model = offloaded("olmoe", layers=1)
+    backend: Any = aot_autograd(fw_compiler=keep, keep_inference_input_mutations=True)
+    check(model, forward_of(model, backend), steps=2)
+    copies = [node for node in graphs[0].nodes if node.target is torch.ops.aten.copy_.default]
+    assert [copy.args[0].meta["val"].dim() for copy in copies] == [4, 4]
+    cache, ids = prefilled(model)
+    run_step(model, forward_of(model), cache, ids)
+    assert [int(layer.cumulative_length) for layer in cache.layers] == [IDS.shape[1] + 1]
+
+
+def test_lengths_are_those_of_the_plain_pass() -> None:
+    """Before a window is full and after, lengths go as they do."""
+    model = offloaded("gpt_oss", layers=2)
+    found = []
+    for ours in (False, True):
+        runner = model.expert_cache.runner
+        forward = forward_of(model) if ours else runner.plain_forward
+        cache, ids = prefilled(model)
+        for _ in range(9):
+            run_step(model, forward, cache, ids)
+            found.append([int(layer.cumulative_length) for layer in cache.layers])
+    assert found[:9] == found[9:]
+    assert {len(set(lengths)) for lengths in found} == {1, 2}
+
+
 def test_events_are_those_of_the_plain_pass() -> None:
     stats = []
     for ours in (False, True):
@@ -208,6 +242,7 @@ def test_rows_of_sequences_that_decode_in_groups(kind: type[GatheredLayer]) -> N
         positions = at.view(2, 1)
         output = run_step(model, forward, cache, ids, attention_mask=mask, position_ids=positions)
         found.append((output.logits, kept.views(0, 2)))
+        assert {int(layer.cumulative_length) for layer in cache.layers} == {IDS.shape[1]}
         assert not ours or forward._ready
     torch.testing.assert_close(found[0][0], found[1][0])
     for plain, other in zip(found[0][1], found[1][1], strict=True):
