@@ -10,7 +10,7 @@ import os
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,32 +67,52 @@ class CompiledForward:
 
     def __call__(self, **kwargs: Any) -> Any:
         """One forward pass of the model's keyword arguments."""
-        if not self.prepare(kwargs):
+        if not self._can(kwargs):
             return self._plain(**kwargs)
-        cache = kwargs["past_key_values"]
+        key, cache = self._key(kwargs), kwargs["past_key_values"]
+        if key not in self._ready and not self._make(key, kwargs):
+            return self._plain(**kwargs)
         try:
-            # A guard that fails must not compile in the midst of a capture.
             with torch.compiler.set_stance(NO_MORE):
-                return self._run(self._ready[self._key(kwargs)], cache, kwargs)
+                return self._run(self._ready[key], cache, kwargs)
         except RuntimeError as error:
-            if NO_MORE not in str(error):
+            if not _is_outdated(error):
                 raise
-            # Nothing has run yet: guards are looked at first.
+        # Nothing has run yet: guards are looked at first.
+        del self._ready[key]
+        if _is_capturing():
             self._give_up("what it was compiled for has changed")
-            return self._plain(**kwargs)
+        return self(**kwargs)
 
     def prepare(self, kwargs: dict[str, Any]) -> bool:
-        """Compile for a decode step of *kwargs* unless that is done; whether it is.
+        """Compile for a decode step of *kwargs* unless that is done and holds; whether it is.
 
-        The step runs twice, its experts left out: once to compile, and once more to see that
-        it need not be compiled again. The cache is as before then.
+        The step runs with its experts left out: once to see that it need not be compiled, or once
+        to compile and once more to see that it need not be compiled again. The cache is as
+        before then.
         """
+        if not self._can(kwargs):
+            return False
+        key = self._key(kwargs)
+        if key in self._ready:
+            try:
+                self._try(self._ready[key], kwargs, (NO_MORE,))
+                return True
+            except RuntimeError as error:
+                if not _is_outdated(error):
+                    raise
+            del self._ready[key]
+        return self._make(key, kwargs)
+
+    def _can(self, kwargs: dict[str, Any]) -> bool:
+        """Whether *kwargs* are of a step that is compiled; its cache can be captured then."""
         if self._broken or torch.is_grad_enabled() or not _suits(kwargs):
             return False
         make_capturable(kwargs["past_key_values"])
-        key = self._key(kwargs)
-        if key in self._ready:
-            return True
+        return True
+
+    def _make(self, key: Any, kwargs: dict[str, Any]) -> bool:
+        """Compile for the step of *kwargs*, which has that *key*; whether it could be done."""
         if len(self._ready) >= MOST_COMPILED or _is_capturing():
             return False
         _use_own_folder()
@@ -102,7 +122,7 @@ class CompiledForward:
             step, fullgraph=True, dynamic=False, backend=self._backend, options=self._options()
         )
         try:
-            self._try(compiled, kwargs)
+            self._try(compiled, kwargs, ("default", NO_MORE))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -121,9 +141,12 @@ class CompiledForward:
         known = set(torch._inductor.list_options())
         return {name: value for name, value in _OPTIONS.items() if name in known}
 
-    def _try(self, compiled: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def _try(
+        self, compiled: Callable[..., Any], kwargs: dict[str, Any], stances: Sequence[Any]
+    ) -> None:
+        """Run the step once in each of *stances*, its experts left out, and undo it."""
         cache = kwargs["past_key_values"]
-        for stance in ("default", NO_MORE):
+        for stance in stances:
             with (
                 undone(cache),
                 self._hook.without_experts() as asked,
@@ -212,6 +235,11 @@ def _suits(kwargs: dict[str, Any]) -> bool:
     if full_windows(cache) and not masks_are_given(kwargs):
         return False
     return all(layer.is_initialized for layer in layers)
+
+
+def _is_outdated(error: RuntimeError) -> bool:
+    """Whether torch says by *error* that code would have to be compiled anew."""
+    return NO_MORE in str(error)
 
 
 def _is_capturing() -> bool:

@@ -412,7 +412,7 @@ def test_a_folder_named_by_the_user_is_kept(monkeypatch: pytest.MonkeyPatch, tmp
     assert os.environ[name] == str(tmp_path / "expertflow" / "inductor")
 
 
-def test_code_that_holds_no_longer_is_not_run_in_silence() -> None:
+def test_code_that_holds_no_longer_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A function mode of a caller's is part of what code is compiled for."""
 
     class Mode(TorchFunctionMode):
@@ -423,9 +423,33 @@ def test_code_that_holds_no_longer_is_not_run_in_silence() -> None:
     forward = forward_of(model)
     cache, ids = prefilled(model)
     run_step(model, forward, cache, ids)
-    with Mode(), pytest.warns(RuntimeWarning, match="compiled for has changed"):
+    first = list(forward._ready.values())
+    with Mode():
+        run_step(model, forward, cache, ids)
+    second = list(forward._ready.values())
+    assert len(first) == len(second) == 1
+    assert first != second
+    # In the midst of a capture nothing can be compiled.
+    monkeypatch.setattr(compiled, "_is_capturing", lambda: True)
+    with pytest.warns(RuntimeWarning, match="compiled for has changed"):
         ours = run_step(model, forward, cache, ids).logits
     other, ids = prefilled(model)
     plain = model.expert_cache.runner.plain_forward
-    run_step(model, plain, other, ids)
+    for _ in range(2):
+        run_step(model, plain, other, ids)
     assert torch.equal(ours, run_step(model, plain, other, ids).logits)
+
+
+def test_code_is_made_anew_before_a_capture_needs_it() -> None:
+    model = offloaded("qwen2_moe", layers=2)
+    forward = forward_of(model)
+    cache, ids = prefilled(model)
+    kwargs = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    with torch.no_grad():
+        assert forward.prepare(kwargs)
+        [first] = forward._ready.values()
+        assert forward.prepare(kwargs)
+        assert list(forward._ready.values()) == [first]
+        with torch.device("cpu"):
+            assert forward.prepare(kwargs)
+    assert list(forward._ready.values()) != [first]
