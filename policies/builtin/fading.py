@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from policies.base import Context, Forecast, Policy
+from policies.base import Context, Policy
 from policies.orders import Faded
 from policies.registry import parameter, register
-from policies.routing import Routing, Step
+from policies.routing import Routing
 
 
 @register("fading")
@@ -26,12 +26,13 @@ class Fading(Policy):
 
     def reset(self, context: Context) -> None:
         self._faded = Faded(context, self.half_life)
-
-    def plan_step(self, step: Step, forecast: Forecast) -> Iterable[int]:
-        self._faded.begin()
-        return ()
+        self._step = -1
 
     def on_route(self, routing: Routing) -> None:
+        # Not in a hook of its own: a policy that has nothing to fetch at a step's begin has none.
+        if routing.step.number != self._step:
+            self._step = routing.step.number
+            self._faded.begin()
         self._faded.use(routing.experts)
 
     def on_load(self, copy: int) -> None:
