@@ -25,7 +25,7 @@ def results(task: Task) -> Iterator[dict[str, Any]]:
     with KeptStore() as kept:
         for cell in task.cells:
             with (
-                _offloaded(task, cell, kept) as model,
+                offloaded(task, cell, kept) as model,
                 torch.no_grad(),
                 at_full_speed(torch.device(task.device)) as cores,
             ):
@@ -35,7 +35,7 @@ def results(task: Task) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _offloaded(task: Task, cell: Cell, kept: KeptStore) -> Iterator[Any]:
+def offloaded(task: Task, cell: Cell, kept: KeptStore) -> Iterator[Any]:
     """The model under the policy of *cell*; its experts stay in host memory afterwards."""
     policy, forecaster = parse_policy(cell.policy)
     model = offload(
@@ -64,36 +64,48 @@ def _offloaded(task: Task, cell: Cell, kept: KeptStore) -> Iterator[Any]:
             torch.cuda.empty_cache()
 
 
-def measured(model: Any, task: Task, cell: Cell) -> dict[str, Any]:
-    """Decode *cell*'s tokens over a static cache, as ``generate`` would, and time each step.
+class Forced:
+    """The tokens of *cell*, decoded by force over a static cache, as ``generate`` would."""
 
-    A step lasts from its tokens until the next ones, the likeliest, are on the host.
-    """
-    runner = model.expert_cache.runner
-    device = runner.engine.lanes.device
-    ids = texts(task, cell).to(device)
-    places = torch.arange(ids.shape[1], device=device).expand(cell.batch, -1).contiguous()
-    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    def __init__(self, model: Any, task: Task, cell: Cell) -> None:
+        device = model.expert_cache.runner.engine.lanes.device
+        self._model, self._prompt = model, task.prompt
+        self._ids = ids = texts(task, cell).to(device)
+        places = torch.arange(ids.shape[1], device=device)
+        self._places = places.expand(cell.batch, -1).contiguous()
+        self._cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
 
-    def step(first: int, last: int) -> Tensor:
-        output = model(
-            input_ids=ids[:, first:last],
-            position_ids=places[:, first:last],
-            past_key_values=cache,
+    def pass_over(self, first: int, last: int) -> Tensor:
+        """One forward pass of the tokens from *first* up to *last*; the likeliest next, [B]."""
+        output = self._model(
+            input_ids=self._ids[:, first:last],
+            position_ids=self._places[:, first:last],
+            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
         chosen: Tensor = output.logits[:, -1].argmax(dim=-1)
         return chosen.cpu()
 
-    step(0, task.prompt)
+    def decode(self, number: int) -> Tensor:
+        """The decode step of that *number*, the prompt and those before it having run."""
+        return self.pass_over(self._prompt + number, self._prompt + number + 1)
+
+
+def measured(model: Any, task: Task, cell: Cell) -> dict[str, Any]:
+    """Decode *cell*'s tokens over a static cache, as ``generate`` would, and time each step.
+
+    A step lasts from its tokens until the next ones, the likeliest, are on the host.
+    """
+    runner, forced = model.expert_cache.runner, Forced(model, task, cell)
+    forced.pass_over(0, task.prompt)
     steps_s: list[float] = []
     before: dict[str, int] = {}
     for number in range(cell.steps):
         if number == counted_from(cell.steps):
             before = counts(runner)
         begun = time.perf_counter()
-        step(task.prompt + number, task.prompt + number + 1)
+        forced.decode(number)
         steps_s.append(time.perf_counter() - begun)
     made = cell.batch * (cell.steps - counted_from(cell.steps))
     after = counts(runner)
