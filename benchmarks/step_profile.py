@@ -128,7 +128,7 @@ def profiled(forced: Forced) -> list[Kernel]:
 @click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--share", multiple=True, default=("100%", "25%"), show_default=True)
 @click.option("--policy", default="lru", show_default=True, help="An exact policy.")
-@click.option("--hardware", default="docs/validation/h100.toml", show_default=True)
+@click.option("--hardware", default="h100-captured", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the checkpoint stays.")
 def main(
     layers: int, share: tuple[str, ...], policy: str, hardware: str, folder: Path | None

@@ -72,8 +72,9 @@ _OPTIONS = (
         "beside the model. [default: ahead]",
     ),
     click.option(
-        "--hardware", default="h200-pcie5", show_default=True,
-        help="Hardware profile that policies reckon with: a name or a TOML file.",
+        "--hardware", default="auto", show_default=True,
+        help="Hardware profile that policies reckon with: a name or a TOML file; auto: "
+        "h100-captured on CUDA, else h200-pcie5.",
     ),
     click.option(
         "--pool", type=click.Choice(["global", "layer"]), default="global", show_default=True,
@@ -304,6 +305,7 @@ def _facts(
     opened: Offloaded, options: dict[str, Any], written: Sequence[Written], total_s: float
 ) -> dict[str, Any]:
     """Everything about the run, as it goes into the JSON."""
+    from runtime.offloading import Options
     from runtime.peaks import host_peak_bytes, peak_bytes
 
     stats = opened.model.expert_cache.stats()
@@ -316,7 +318,7 @@ def _facts(
         "model": opened.spec.name,
         "policy": options["policy"],
         "device": opened.device.type,
-        "hardware": options["hardware"],
+        "hardware": Options(hardware=options["hardware"]).reckons_with(opened.device),
         "batch": options["batch"],
         "scheduler": options["scheduler"],
         "experts": opened.spec.total_experts,

@@ -42,6 +42,11 @@ from traces.model import ModelSpec
 from traces.store import open_trace
 
 COMPUTE = ("auto", *WAYS)
+
+#: Profiles that policies reckon with where none is named: of captured steps, and of eager ones, by
+#: whose times a link beside captured steps never seems busy.
+CAPTURED, EAGER = "h100-captured", "h200-pcie5"
+
 KERNELS = ("generate", "batched_mm", "grouped_mm")
 
 
@@ -67,7 +72,7 @@ class Options:
     kernel: str = "generate"
     forecaster: str | None = None
     pool: str = "global"
-    hardware: str = "h200-pcie5"
+    hardware: str = "auto"
     train: str | None = None
     depth: int = 2
     batch: int = 1
@@ -95,6 +100,12 @@ class Options:
         if self.compute == "auto":
             return "graph" if device.type == "cuda" else "reference"
         return self.compute
+
+    def reckons_with(self, device: torch.device) -> str:
+        """The profile for policies on *device*: *hardware*, with ``auto`` resolved."""
+        if self.hardware == "auto":
+            return CAPTURED if device.type == "cuda" else EAGER
+        return self.hardware
 
 
 def offload(
@@ -129,7 +140,7 @@ class _Builder:
         self.layout = ExpertLayout.of(self.gates[0].experts)
         self.spec: ModelSpec = model_spec(self.model, self.model.config.model_type)
         self.device = pick_device(options.device)
-        self.profile: HardwareProfile = load_profile(options.hardware)
+        self.profile: HardwareProfile = load_profile(options.reckons_with(self.device))
         self.policy = POLICIES.build(policy) if isinstance(policy, str) else policy
         self.forecaster = self._forecaster()
         self._check_policy()

@@ -182,7 +182,7 @@ _OPTIONS = (
     click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda",
                  show_default=True, help="FreeToken runs on CUDA alone."),
     click.option("--tiny", is_flag=True, help="Small dimensions: a dry run."),
-    click.option("--hardware", default="docs/validation/h100.toml", show_default=True,
+    click.option("--hardware", default="h100-captured", show_default=True,
                  help="Hardware profile for our policies: a name or a TOML file. One of captured "
                  "steps: what a layer takes otherwise is several times too long."),
     click.option("--logs", type=_FILE, default="out/freetoken", show_default=True,

@@ -27,8 +27,8 @@ POLICIES_TRIED = (
     "fading",
     "fading:half_life=96",
     "predictive",
-    "predictive:horizon=1",
-    "predictive:margin=0.5",
+    "predictive:evict=frequency",
+    "predictive:evict=frequency,horizon=1",
 )
 #: Steps of a batch, at least: the first half of them only fills the slots.
 LEAST_STEPS = 128

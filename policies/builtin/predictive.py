@@ -44,9 +44,9 @@ class Predictive(Policy):
 
     Where the forecaster tells what the tokens after the step use again, the expert whose next
     use is expected last is evicted, across layers or, with a pool for each, within one, and a
-    prefetch displaces only what is expected later than itself. Everything else goes by how
-    often it was used of late, at short or at long range, whichever names the better victims;
-    so does all of it while forecasts of reuse name worse ones.
+    prefetch displaces only what is expected later than itself. Everything else goes by recency,
+    or with ``evict=frequency`` by how often it was used of late, at short or at long range,
+    whichever names the better victims; so does all of it while forecasts of reuse name worse ones.
 
     A prefetch must be worth it. With chance p it hides up to a transfer behind the layers
     until its event; in any case it may hold up demand if it is still on the link at the next
@@ -65,9 +65,9 @@ class Predictive(Policy):
     margin: float = parameter(0.1, "least gain worth a slot, in transfers", low=0, high=1)
     confidence: float = parameter(0.35, "least chance worth protecting or fetching", low=0, high=1)
     protect: bool = parameter(True, "keep held experts that are forecast")
-    evict: str = parameter("reuse", "by forecasts of reuse, if any; by frequency; or by recency")
+    evict: str = parameter("reuse", "by forecasts of reuse, else recency; by frequency; or recency")
     half_life: float = parameter(
-        96.0, "steps after which a use counts half, at most; not for evict=recency", low=1, high=1e6
+        96.0, "steps after which a use counts half, at most; evict=frequency", low=1, high=1e6
     )
     age: float = parameter(
         0.2, "tokens by which a token without use delays the next; evict=reuse", low=0, high=8
@@ -79,7 +79,7 @@ class Predictive(Policy):
 
     def reset(self, context: Context) -> None:
         self._context = context
-        self._habit = Habit(context, None if self.evict == "recency" else self.half_life)
+        self._habit = Habit(context, self.half_life if self.evict == "frequency" else None)
         self._next_use: NextUse | None = None
         self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
         self._lag_s = 0.0

@@ -111,7 +111,7 @@ def test_mixed_raises_what_its_prompts_found_unimportant(
     with cut_trace(str(SAMPLES["coarse-8x2"]), Cut(sequences=8, max_tokens=24)) as part:
         session = Session(Setup(part, batch=batch, sizes="mixtral-8x7b"))
         memory = session.run("mixed", Budget(cache=cache))[0].memory
-    # What that machine's profile (``h100.toml``) has as the workspace.
+    # What that machine's profile (``h100-captured``) has as the workspace.
     memory["workspace_bytes"] = 69_017_856
     assert predicted_bytes(memory) == pytest.approx(found_bytes, rel=0.005)
 
