@@ -108,6 +108,9 @@ class DecodeGraphs:
         chain = self._chains.pop(key, None)
         captured = chain is None
         if chain is None:
+            if self.handshake is not None:
+                # A capture begins the handshake anew, and would forget what was given up.
+                self.handshake.check()
             chain = self._capture(key, kwargs)
             if chain is None:
                 begin()

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="the extra 'gpu' is not installed")
 pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 
 from runtime import graphs  # noqa: E402
+from runtime.errors import OffloadError  # noqa: E402
 from runtime.graphs import MOST_CAPTURES, MOST_CHAINS, MOST_SHAPES, DecodeGraphs  # noqa: E402
 
 
@@ -52,6 +53,17 @@ def test_a_shape_runs_once_and_is_then_captured(made: DecodeGraphs) -> None:
     cache = Cache()
     assert [step(made, cache, 3) for _ in range(3)] == ["ran", "replayed 3", "replayed 3"]
     assert made.captured == 1
+
+
+def test_a_capture_does_not_hide_that_a_step_was_given_up(made: DecodeGraphs) -> None:
+    def check() -> None:
+        raise OffloadError("event 7 of the captured decode steps: the step was given up")
+
+    cache, handshake = Cache(), SimpleNamespace(check=check)
+    made.handshake = handshake  # type: ignore[assignment]
+    assert step(made, cache, 3) == "ran"
+    with pytest.raises(OffloadError, match="event 7"):
+        step(made, cache, 3)
 
 
 def test_the_shape_that_has_waited_longest_makes_room(made: DecodeGraphs) -> None:
