@@ -15,13 +15,13 @@ from policies.base import Context, Forecaster, Policy
 from policies.batching import Batches
 from policies.costs import Costs
 from policies.decisions import DecisionLog
+from policies.examples import EXPERT_BYTES, example_model, example_trace
 from policies.future import Future
 from policies.hardware import Cpu, ExpertModel, Gpu, HardwareProfile, Host, Software
 from policies.link_times import CopyTable, Direction, Link
 from policies.planner import Plan, Planner, run_counts
 from policies.registry import FORECASTERS, POLICIES
 from policies.routing import Routing
-from policies.testing import EXPERT_BYTES, example_model, example_trace
 from policies.training import learn
 from sim.world import World
 from traces.model import ModelSpec

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from policies.testing import example_model
+from policies.examples import example_model
 from runtime.predictor.model import Predictor
 from runtime.predictor.spec import PredictorSpec
 from traces.model import ModelSpec

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from policies.testing import example_model
+from policies.examples import example_model
 from tests.helpers import replay, trace_of
 from tests.helpers_replay import Event, events_of
 from traces.trace import MemoryTrace

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policies.testing import example_model
+from policies.examples import example_model
 from tests import helpers_replay as other
 from tests.helpers import gpt_oss, random_trace, records, replay, sample, trace_of
 from traces.trace import Trace

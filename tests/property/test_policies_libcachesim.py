@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from libcachesim import ReaderInitParam, TraceReader, TraceType
 
-from policies.testing import example_model
+from policies.examples import example_model
 from tests.helpers import replay, trace_of
 from traces.trace import MemoryTrace
 

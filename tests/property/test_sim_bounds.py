@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.base import Context, Forecast, Policy
+from policies.examples import EXPERT_BYTES, example_model
 from policies.forecasters.oracle import Oracle
 from policies.hardware import HardwareProfile
 from policies.link_times import CopyTable, Direction
 from policies.registry import POLICIES
 from policies.routing import Routing
-from policies.testing import EXPERT_BYTES, example_model
 from sim.world import World
 from tests.helpers import BUSY, landing_in_groups, machine, random_trace, replay, simulate, trace_of
 from tests.helpers_replay import events_of

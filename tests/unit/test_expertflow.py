@@ -29,7 +29,7 @@ from benchmarks.expertflow.cells import Cell, floor_slots, slots_for_saving, tol
 from benchmarks.expertflow_gaps import Source
 from policies.batching import Batches
 from policies.budget import Budget
-from policies.testing import example_trace
+from policies.examples import example_trace
 from tests.helpers import ROOT
 from traces.errors import InputError
 from traces.store import open_trace, write_trace

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.expertflow_gaps import Row, main, source_of
-from policies.testing import example_trace
+from policies.examples import example_trace
 from traces.store import write_trace
 
 

@@ -16,10 +16,10 @@ import runtime.live  # noqa: E402
 import simctl  # noqa: E402
 from policies.budget import Budget  # noqa: E402
 from policies.decisions import DecisionLog  # noqa: E402
+from policies.examples import example_model  # noqa: E402
 from policies.memory import predicted_bytes  # noqa: E402
 from policies.planner import PolicyError  # noqa: E402
 from policies.sidecar import read_sidecar  # noqa: E402
-from policies.testing import example_model  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
 from runtime.generate import generation_config, open_offloaded  # noqa: E402
 from runtime.layout import ExpertLayout  # noqa: E402

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from policies.budget import Budget, parse_bytes
+from policies.examples import example_model
 from policies.hardware import HardwareProfile, load_profile
-from policies.testing import example_model
 from tests.helpers import machine
 from traces.errors import InputError
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from policies.budget import Budget
+from policies.examples import example_model
 from policies.memory import (
     PIECE,
     PIECE_WEIGHT_BYTES,
@@ -20,7 +21,6 @@ from policies.memory import (
     shape_of,
 )
 from policies.session import Setup, check_pool
-from policies.testing import example_model
 from reports.validation.cut import Cut, cut_trace
 from sim.session import Session
 from tests.helpers import SAMPLES, trace_of

@@ -10,11 +10,11 @@ from policies.batching import Batches
 from policies.builtin._counted import BesideLru, Displaced, Duel, LinkUse
 from policies.builtin._habit import Habit
 from policies.builtin._next_use import NextUse, expected_wait
+from policies.examples import example_trace
 from policies.future import Future
 from policies.planner import Planner
 from policies.registry import FORECASTERS, POLICIES
 from policies.routing import Routing, Step
-from policies.testing import example_trace
 from tests.helpers import context_of, replay, sample
 from traces.errors import InputError
 from traces.trace import MemoryTrace

@@ -10,11 +10,12 @@ import pytest
 
 from policies.base import Context
 from policies.batching import Batches
+from policies.examples import example_trace
 from policies.forecasters.routing_path import RoutingPath
 from policies.registry import FORECASTERS
 from policies.routing import Routing
 from policies.sidecar import quantised, read_sidecar, trace_fingerprint, write_sidecar
-from policies.testing import ForecasterContract, example_trace
+from policies.testing import ForecasterContract
 from tests.helpers import context_of, replay
 from traces.errors import InputError
 from traces.trace import MemoryTrace

@@ -14,6 +14,7 @@ from policies.batching import Batches
 from policies.builtin.lru import LRU
 from policies.costs import Costs
 from policies.decisions import DecisionLog
+from policies.examples import example_model
 from policies.forecasters.oracle import Oracle
 from policies.future import Future
 from policies.graph_costs import GraphCosts, facts_of
@@ -22,7 +23,6 @@ from policies.planner import Planner
 from policies.recording import Recording
 from policies.registry import POLICIES
 from policies.routing import Step
-from policies.testing import example_model
 from sim.world import World
 from tests.helpers import BUSY, machine, random_trace, simulate, trace_of
 from tests.helpers_whole import whole

@@ -9,11 +9,11 @@ import pytest
 
 from policies.budget import Budget
 from policies.costs import Costs
+from policies.examples import example_trace
 from policies.future import Future
 from policies.planner import Planner, run_counts
 from policies.registry import FORECASTERS, POLICIES
 from policies.session import Setup
-from policies.testing import example_trace
 from sim.session import Session
 from tests.helpers import SAMPLES
 from traces.errors import InputError

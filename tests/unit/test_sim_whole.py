@@ -12,9 +12,9 @@ import pytest
 from policies.base import Forecast, Service, Substitute
 from policies.builtin.lru import LRU
 from policies.costs import Costs
+from policies.examples import example_model
 from policies.hardware import HardwareProfile
 from policies.routing import Routing, Step
-from policies.testing import example_model
 from policies.whole_costs import WholeCosts
 from sim.world import World
 from tests.helpers import machine, random_trace, simulate, trace_of

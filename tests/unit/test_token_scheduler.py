@@ -15,6 +15,7 @@ from policies.base import Context, Forecast, Forecaster, Prediction
 from policies.batching import Batches
 from policies.budget import Budget
 from policies.costs import Costs
+from policies.examples import example_model
 from policies.kv_moves import KvCosts, seating_of, waited_s
 from policies.medoids import (
     Search,
@@ -32,7 +33,6 @@ from policies.routing import DECODE, PREFILL, Routing, Step
 from policies.schedule import RowMove, Schedule, Seating, make_schedule
 from policies.scheduling import Coming, TokenScheduler
 from policies.session import Setup
-from policies.testing import example_model
 from policies.token_paths import ForecastPaths, HistoryPaths, PreviousPaths
 from sim.session import Session
 from tests.helpers import BUSY, ROOT, SAMPLES, random_trace
