@@ -204,9 +204,8 @@ class Planner:
             loads, served, missed = self._serve(routing, missed, record)
             if routing.step.phase == PREFILL:
                 self._note_low(served.values(), loads)
-        counts = self.counts
-        counts["missed"] += len(missed)
-        counts["demand"] += len(loads)
+        self.counts["missed"] += len(missed)
+        self.counts["demand"] += len(loads)
         return Plan(missed, self._waves(loads, record) if loads else (), served)
 
     def _serve(
