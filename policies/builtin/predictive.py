@@ -40,7 +40,8 @@ class Predictive(Policy):
     ExpertFlow (arXiv 2410.17954, section 3.3): what a forecast names for a coming layer is
     protected if it is held and fetched if it is not, nearest layer first, most likely first.
     Once the gate has chosen, a missed expert is loaded ahead of every prefetch (the world's
-    queue lets demand overtake), and a prefetched one that was wrong is protected no longer.
+    queue lets demand overtake), and a prefetched one that was wrong is protected no longer; by
+    recency it becomes the first victim.
 
     Where the forecaster tells what the tokens after the step use again, the expert whose next
     use is expected last is evicted, across layers or, with a pool for each, within one, and a
