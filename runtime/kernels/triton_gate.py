@@ -32,6 +32,19 @@ def _give_up(words, count, number):
 
 
 @triton.jit
+def _tell(word, value):
+    """*value* to the host's *word*, behind all that this program has written before.
+
+    A store, for an exchange would need a link that carries atomic operations.
+    """
+    tl.debug_barrier()
+    tl.inline_asm_elementwise(
+        "st.release.sys.global.b32 [$1], $2; mov.b32 $0, $2;", "=r,l,r",
+        [word.to(tl.int64), value], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _reached(words, count, WORD: tl.constexpr, target, number, limit_ns):
     """The host's word, once it is *target* or more; RELEASED if that took too long."""
     begun = globaltimer()
@@ -77,8 +90,7 @@ def guess_kernel(words, guessed, rows, ring, ROWS: tl.constexpr, PADDED: tl.cons
     number = tl.load(guessed) + 1
     _send(rows, ring, ROWS, PADDED)
     tl.store(guessed, number)
-    tl.debug_barrier()
-    tl.atomic_xchg(words + GUESSED, number, sem="release", scope="sys")
+    _tell(words + GUESSED, number)
 
 
 @triton.jit
@@ -92,8 +104,7 @@ def _post(
     if WEIGHTS:
         p = tl.arange(0, PAIRS_PADDED)
         tl.store(ring_weights + p, tl.load(weights + p, mask=p < PAIRS), mask=p < PAIRS)
-    tl.debug_barrier()
-    tl.atomic_xchg(words + POSTED, number + 1, sem="release", scope="sys")
+    _tell(words + POSTED, number + 1)
 
 
 #: Layers' rows of a table need not begin at like addresses.

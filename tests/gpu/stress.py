@@ -232,14 +232,22 @@ def small_variety(seed: int) -> Iterator[Case]:
         )  # fmt: skip
 
 
-def stress(events: int, seed: int = 0, device: str = "cuda", *, whole: bool = False) -> Tally:
+def stress(
+    events: int,
+    seed: int = 0,
+    device: str = "cuda",
+    *,
+    whole: bool = False,
+    seconds: float = float("inf"),
+) -> Tally:
     """Run at least *events* random events; AssertionError for the first wrong output.
 
-    With *whole* every decode step is one graph.
+    With *whole* every decode step is one graph. No case is begun after *seconds*.
     """
     tally = Tally()
+    end = time.perf_counter() + seconds
     for case in small_variety(seed):
-        if tally.events >= events:
+        if tally.events >= events or time.perf_counter() > end:
             break
         driver: Driver
         if whole:
@@ -265,11 +273,18 @@ def main() -> int:
     parser.add_argument("--events", type=int, default=2000, help="least number of events")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="longest time")
     parser.add_argument("--whole", action="store_true", help="decode steps as one graph each")
     options = parser.parse_args()
     begun = time.perf_counter()
     try:
-        tally = stress(options.events, options.seed, options.device, whole=options.whole)
+        tally = stress(
+            options.events,
+            options.seed,
+            options.device,
+            whole=options.whole,
+            seconds=options.seconds,
+        )
     except AssertionError as error:
         print(f"FAILED: {error}")
         return 1
