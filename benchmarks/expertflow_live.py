@@ -108,7 +108,8 @@ class Generating:
             return open_offloaded(self.folder, policy, record=True, **options)
         checkpoint = RandomCheckpoint(self._dims(), pick_device(self.machine.device))
         spec = model_spec(checkpoint.model, self.name)
-        opened = Offloaded(Path(), offload(checkpoint, policy, record=True, **options), spec, None)
+        options = {**options, "record": True, "name": spec.name}
+        opened = Offloaded(Path(), offload(checkpoint, policy, **options), spec, None)
         opened.keep_routing()
         return opened
 

@@ -217,8 +217,9 @@ def open_offloaded(
     tokenizer = load_tokenizer(folder)
     checkpoint = open_checkpoint(folder, dtype)
     spec = model_spec(checkpoint.model, _name(model, folder))
+    options |= {"record": record, "name": spec.name}
     with progress("experts into host memory", checkpoint.total_experts) as advance:
-        found = offload(_Shown(checkpoint, advance), policy, record=record, **options)
+        found = offload(_Shown(checkpoint, advance), policy, **options)
     opened = Offloaded(folder, found, spec, tokenizer)
     if record:
         opened.keep_routing()

@@ -61,7 +61,8 @@ class Options:
     bounds the key-value cache that *gpu_memory* leaves room for, for each of the *batch*
     sequences of *turns* batches that decode by turns. *graphs* captures decode steps where that
     can be done, *compiled* has ``torch.compile`` make them first. *pin* false keeps the experts
-    in pageable memory. *record* keeps the routing, *timed* the time of every stretch.
+    in pageable memory. *record* keeps the routing, *timed* the time of every stretch. *name* is
+    what traces call the model, its type unless given: published ones are known by it.
     """
 
     slots: int | None = None
@@ -84,6 +85,7 @@ class Options:
     compiled: bool = False
     record: bool = False
     timed: bool = False
+    name: str = ""
 
     def __post_init__(self) -> None:
         for name, known in (("compute", COMPUTE), ("kernel", KERNELS), ("pool", POOLS)):
@@ -100,6 +102,10 @@ class Options:
         if self.compute == "auto":
             return "graph" if device.type == "cuda" else "reference"
         return self.compute
+
+    def whole_steps(self, device: torch.device) -> bool:
+        """Whether decode steps are to run as one graph each on *device*, where they can."""
+        return device.type == "cuda" and self.computes(device) == "graph"
 
     def reckons_with(self, device: torch.device) -> str:
         """The profile for policies on *device*: *hardware*, with ``auto`` resolved."""
@@ -138,7 +144,7 @@ class _Builder:
             raise OffloadError(f"{type(self.model).__name__}: is offloaded already")
         self.gates: list[Gate] = find_gates(self.model)
         self.layout = ExpertLayout.of(self.gates[0].experts)
-        self.spec: ModelSpec = model_spec(self.model, self.model.config.model_type)
+        self.spec: ModelSpec = model_spec(self.model, options.name or self.model.config.model_type)
         self.device = pick_device(options.device)
         self.profile: HardwareProfile = load_profile(options.reckons_with(self.device))
         self.policy = POLICIES.build(policy) if isinstance(policy, str) else policy
@@ -233,7 +239,8 @@ class _Builder:
 
     def _planner(self) -> Planner:
         options = self.options
-        costs = Costs(self.profile, self.spec, self.policy.low_bits)
+        whole = options.whole_steps(self.device)
+        costs = Costs(self.profile, self.spec, self.policy.low_bits, whole=whole)
         training = self._training()
         context = dataclasses.replace(
             costs.context(self.policy.name, self._slots()),
@@ -278,7 +285,7 @@ class _Builder:
         lanes = lanes_for(self.device, timed=options.timed)
         engine = Engine(planner, store, bank, lanes, options.depth)
         ahead = _ahead_depth(self.forecaster, self.spec.layers)
-        whole = options.computes(self.device) == "graph"
+        whole = options.whole_steps(self.device)
         read_ids = whole and not all(map(_is_ours, (planner.policy, planner.forecaster)))
         steps = LiveSteps(self.spec, ahead=ahead, keep=options.record, read_ids=read_ids)
         engine.watch.on = options.timed

@@ -44,7 +44,7 @@ class Replay:
         self._forced = ForcedRouting(hook.gates, hook.engine.lanes.device)
         self._forced.__enter__()
         self._device = hook.engine.lanes.device
-        whole = options.computes(self._device) == "graph"
+        whole = options.whole_steps(self._device)
         forward = model.forward
         if options.compiled:
             forward = compiled_forward(model, hook, forward)

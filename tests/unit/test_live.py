@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +21,12 @@ from policies.decisions import DecisionLog  # noqa: E402
 from policies.examples import example_model  # noqa: E402
 from policies.memory import predicted_bytes  # noqa: E402
 from policies.planner import PolicyError  # noqa: E402
+from policies.registry import POLICIES  # noqa: E402
 from policies.sidecar import read_sidecar  # noqa: E402
 from runtime.errors import OffloadError  # noqa: E402
 from runtime.generate import generation_config, open_offloaded  # noqa: E402
 from runtime.layout import ExpertLayout  # noqa: E402
-from runtime.live import LiveSettings, live_runs, run_live  # noqa: E402
+from runtime.live import LiveSettings, live_runs, run_live, run_opened  # noqa: E402
 from runtime.predictor.files import save_predictor  # noqa: E402
 from runtime.predictor.model import Predictor  # noqa: E402
 from runtime.sampling import Sampling  # noqa: E402
@@ -330,3 +333,18 @@ def test_a_trained_model_decides_alike(tmp_path, name, policy):
         SHARED / "models" / name, tmp_path / "x.parquet", policy, slots, prompts, max_new_tokens=8
     )
     assert_alike(*logs)
+
+
+def test_policies_know_the_same_as_in_a_simulation_of_what_was_recorded(tiny, tmp_path):
+    """By a profile of captured steps too, whose times depend on the model's name."""
+    settings = LiveSettings(hardware="h100-captured", device="cpu", max_new_tokens=5, batch=2)
+    out, budget = tmp_path / "live.parquet", Budget(slots=14)
+    named = tmp_path / "qwen3-30b"
+    shutil.copytree(tiny, named)
+    for model in (tiny, named):
+        with open_offloaded(model, "predictive", record=True, **settings.options(budget, 40)) as it:
+            known = it.runner.engine.planner.context
+            run_opened(it, settings, [[5, 6, 7], [8, 9]], policy="predictive", out=out)
+        session, policy = Session(settings.setup(out)), POLICIES.build("predictive")
+        told = session.context(14, session.costs(policy), policy.name)
+        assert told == replace(known, has_weights=True)
