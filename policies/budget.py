@@ -96,3 +96,19 @@ def parse_bytes(text: str, option: str) -> int:
     if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise InputError(f"{option} {text}: expected an amount of memory such as 24GiB")
     return int(min(float(match[1]) * _UNITS[match[2].upper()], 1e30))
+
+
+def divide_budget(
+    slots: int, low_share: float, low_bytes_share: float, pools: int = 1
+) -> tuple[int, int]:
+    """Full- and low-precision slots within the bytes of *slots* full ones.
+
+    *low_share* of the budget goes to low-precision copies, each of which takes
+    *low_bytes_share* of a full one's bytes. Each of *pools* keeps a full slot; where the rest
+    is not one low slot for each, all are full.
+    """
+    if not low_share or not low_bytes_share:
+        return slots, 0
+    full = max(slots - round(slots * low_share), pools)
+    low = int((slots - full) / low_bytes_share + 1e-9)
+    return (full, low) if low >= pools else (slots, 0)

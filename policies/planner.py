@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 
 import numpy as np
 
 from policies.base import Context, Forecaster, Policy, Service, Substitute, spares_cpu
+from policies.budget import divide_budget
 from policies.decisions import DecisionLog
 from policies.ledger import ExpertCache, LedgerError
 from policies.moves import Move
@@ -109,6 +110,9 @@ class Planner:
         self._on_route, self._victims = policy.on_route, policy.victims
         self._ledger_place = self.cache.place
         self._waiting: set[int] = set()
+        #: Called with an event's first demanded move before the others are planned, if set: it
+        #: takes part in the first wave, whatever comes.
+        self.on_first: Callable[[Move], None] | None = None
         #: The event whose prefetches have not been asked for, its record so far, and how what
         #: was missed is served.
         self._routing: Routing | None = None
@@ -276,7 +280,7 @@ class Planner:
         """Place *loads* in ascending order; what finds no slot waits for the next wave."""
         waves: list[list[Move]] = []
         wave: list[Move] = []
-        place = self._place
+        place, on_first = self._place, self.on_first
         computing: set[int] | None = None
         for copy in sorted(loads) if self.serves else loads:
             move = place(copy, record, True)
@@ -288,6 +292,9 @@ class Planner:
                 move = place(copy, record, True)
                 if move is None:
                     raise self._refusal(f"names no victim for {self.context.name(copy)}")
+            if on_first is not None and not waves:
+                on_first(move)
+            on_first = None
             if computing is not None:
                 computing.add(copy)
             wave.append(move)
@@ -369,22 +376,6 @@ def blame(planner: Planner, error: Exception) -> Exception:
         what = kind_and_line(error)
         return PolicyError(f"{names} gave an answer of no use in {hook} {when}: {what}")
     return error
-
-
-def divide_budget(
-    slots: int, low_share: float, low_bytes_share: float, pools: int = 1
-) -> tuple[int, int]:
-    """Full- and low-precision slots within the bytes of *slots* full ones.
-
-    *low_share* of the budget goes to low-precision copies, each of which takes
-    *low_bytes_share* of a full one's bytes. Each of *pools* keeps a full slot; where the rest
-    is not one low slot for each, all are full.
-    """
-    if not low_share or not low_bytes_share:
-        return slots, 0
-    full = max(slots - round(slots * low_share), pools)
-    low = int((slots - full) / low_bytes_share + 1e-9)
-    return (full, low) if low >= pools else (slots, 0)
 
 
 def run_counts(planner: Planner, steps: Iterable[Step]) -> int:

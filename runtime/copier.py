@@ -55,10 +55,21 @@ class Copier:
         self.on_issue: Callable[[Sequence[Move], Mark], None] | None = None
         #: Whether every copy has marks of its own, even where they are issued together.
         self.marks_each = False
+        #: A demanded move that is on the link before those it belongs to, and its marks.
+        self._hurried: tuple[Move, tuple[Mark, Mark]] | None = None
 
     def __len__(self) -> int:
         """Moves waiting in the software queue."""
         return len(self._queue)
+
+    def hurry(self, move: Move) -> None:
+        """Put *move* on the link, the first of those that :meth:`demand` will be asked for next.
+
+        Nobody is told before that.
+        """
+        if not self.marks_each:
+            pair = self._bank.target(move.slot), self._from(move.copy)
+            self._hurried = move, self._lanes.copy_first(*pair)
 
     def demand(
         self,
@@ -148,7 +159,12 @@ class Copier:
         target = self._bank.target
         source = self._from
         pairs = [(target(move.slot), source(move.copy)) for move in moves]
-        begin, end = self._lanes.copy_all(pairs)
+        begun = None
+        if self._hurried is not None:
+            # After a policy's error it may be that of an event that came to nothing.
+            begun = self._hurried[1] if self._hurried[0] is moves[0] else None
+            self._hurried = None
+        begin, end = self._lanes.copy_all(pairs, begun)
         if place is not None:
             place(moves)
         if self.on_issue is not None:

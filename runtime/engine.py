@@ -90,12 +90,18 @@ class Engine:
         else:
             self.copier.poll()
 
-    def decide(self, routing: Routing, *, together: bool = False) -> tuple[Plan, list[int]]:
+    def decide(
+        self, routing: Routing, *, together: bool = False, early: bool = False
+    ) -> tuple[Plan, list[int]]:
         """The plan of an event, and the held copies that are still on their way.
 
         The moves of its first wave are issued, its table entries are noted. With *together*
-        a plan that is whole goes to :meth:`at_once`, which waits for all copies or none.
+        a plan that is whole goes to :meth:`at_once`, which waits for all copies or none. With
+        *early* all of its demand is one wave, whose first copy is issued while the others are
+        planned, unless prefetches are on their way, which may have to come before it.
         """
+        if early:
+            self.planner.on_first = None if self.copier.pending else self.copier.hurry
         try:
             plan = self.planner.plan(routing)
         except Exception as error:

@@ -57,9 +57,19 @@ class Lanes(ABC):
     def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
         """Append a copy to the copy lane; marks before and after it."""
 
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
-        """Append copies to the copy lane, each a (target, source); marks before and after all."""
-        marks = [self.copy(target, source) for target, source in pairs]
+    def copy_first(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
+        """Append the first of several copies; the others follow in :meth:`copy_all`."""
+        return self.copy(target, source)
+
+    def copy_all(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], begun: tuple[Mark, Mark] | None = None
+    ) -> tuple[Mark, Mark]:
+        """Append copies to the copy lane, each a (target, source); marks before and after all.
+
+        *begun* is what :meth:`copy_first` answered, if it has appended the first already.
+        """
+        first = begun or self.copy_first(*pairs[0])
+        marks = [first, *(self.copy(target, source) for target, source in pairs[1:])]
         return marks[0][0], marks[-1][1]
 
     @abstractmethod
@@ -149,7 +159,7 @@ class CudaLanes(Lanes):
     def copy(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
         return self.copy_all([(target, source)])
 
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
+    def copy_first(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
         stream = self._copies
         begin = Mark()
         if self.timed:
@@ -159,9 +169,14 @@ class CudaLanes(Lanes):
             cuda: Any = torch.cuda
             with cuda.stream(stream):
                 cuda._sleep(self.delay_cycles())
-        target, source = pairs[0]
-        # The first goes by itself: the link is at work while the others are handed over.
+        # By itself: the link is at work while the others are handed over.
         copy_to_device(target.data_ptr(), source.data_ptr(), source.nbytes, self._copy_handle)
+        return begin, begin
+
+    def copy_all(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], begun: tuple[Mark, Mark] | None = None
+    ) -> tuple[Mark, Mark]:
+        begin, _ = begun or self.copy_first(*pairs[0])
         if len(pairs) > 1:
             rest = [(t.data_ptr(), s.data_ptr(), s.nbytes) for t, s in pairs[1:]]
             copy_all_to_device(rest, self._copy_handle)
@@ -171,7 +186,7 @@ class CudaLanes(Lanes):
             here, there = self._landed
             written = (here.data_ptr(), end.ticket), (there.data_ptr(), end.ticket)
             self._writes.put(written, self._copy_handle)
-        end.event.record(stream)
+        end.event.record(self._copies)
         return begin, end
 
     def count_landings(self) -> Tensor:

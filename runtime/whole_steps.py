@@ -210,7 +210,7 @@ def answer(
     With *serves* the policy decides for held experts too where they are read. *look*, if any, is
     called before it is asked for prefetches.
     """
-    plan, late = engine.decide(routing, together=True)
+    plan, late = engine.decide(routing, together=True, early=True)
     if not plan.whole:
         raise OffloadError(
             f"event {routing.event}: policy {engine.planner.policy.name!r} left part of the demand "

@@ -40,6 +40,9 @@ class CapturedSteps(ABC):
     _least_access_s: float
     #: What the host does from an answer on, for the timeline.
     _doing: ClassVar[str]
+    #: Whether an event's first copy is issued before the others are planned, where nothing is on
+    #: its way that may have to come before it.
+    _hurries: ClassVar[bool] = False
     #: Prefetches of the event before that may have landed since, though a look-up was earlier.
     _recent: Mapping[int, Move] = MappingProxyType({})
 
@@ -142,7 +145,8 @@ class CapturedSteps(ABC):
         """
         world, link, cold = self._world, self._world.link, self._graph.cold
         decide = world.env.now
-        host = self._planned_s(world.thinking_s(routing, plan), waited)
+        thinking = world.thinking_s(routing, plan)
+        host = self._planned_s(thinking, waited)
         late: list[Move] = []
         wanted = 0
         if link.pending:
@@ -159,7 +163,14 @@ class CapturedSteps(ABC):
             told += part
         longer = cold.longer(issuing, cold.weight(waited)) / issuing if issuing else 1.0
         host += own_s * longer
-        for wave in plan.waves:
+        waves = plan.waves
+        if self._hurries and waves and not link.pending:
+            (first, *others), *further = waves
+            begun = self._planned_s(thinking - world.move_s * len(others), waited)
+            link.demand((first,), begun, issue_s * longer)
+            host += issue_s * longer
+            waves = [others, *further]
+        for wave in waves:
             host = link.demand(wave, host, issue_s * longer)
         return host + told * longer, late
 

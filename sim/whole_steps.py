@@ -28,6 +28,7 @@ class WholeSteps(CapturedSteps):
     """Decode steps as one graph each, launched once."""
 
     _doing = "plan"
+    _hurries = True
 
     def __init__(self, world: World, costs: WholeCosts, untold: UntoldChanges) -> None:
         super().__init__(world, costs, untold)

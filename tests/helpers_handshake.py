@@ -38,8 +38,10 @@ class CountingLanes(RacingLanes):
     def count_landings(self) -> Tensor:
         return self.landed
 
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
-        begin, end = super().copy_all(pairs)
+    def copy_all(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], begun: tuple[Mark, Mark] | None = None
+    ) -> tuple[Mark, Mark]:
+        begin, end = super().copy_all(pairs, begun)
         self._issued = end.ticket = self._issued + 1
         self._copying.append((None, lambda ticket=end.ticket: self.landed.fill_(ticket)))
         # They may have landed before the host says so.

@@ -186,10 +186,12 @@ class RacingLanes(Lanes):
         self._copying.append((None, lambda: _copy(target, source)))
         return begin, self._mark(self._copying)
 
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
+    def copy_all(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], begun: tuple[Mark, Mark] | None = None
+    ) -> tuple[Mark, Mark]:
         """Behind the first they land in any order, as a driver takes them that is given all."""
         rest = self._random.sample(pairs[1:], len(pairs) - 1)
-        return super().copy_all([*pairs[:1], *rest])
+        return super().copy_all([*pairs[:1], *rest], begun)
 
     def passed(self, mark: Mark) -> bool:
         for _ in range(self._random.choice((0, 1, 5))):

@@ -92,11 +92,15 @@ class WholeMachine(Machine):
         whole = self.costs.whole
         plan: Plan = self.planner.plan(routing)
         assert plan.whole
+        alone = not any(map(self.flies, self.on_the_way))
         self.late_ones(routing, plan)
-        yield self.env.timeout(self.thinking(routing, plan))
+        others = sum(map(len, plan.waves)) - 1 if alone and plan.waves else 0
+        yield self.env.timeout(self.thinking(routing, plan) - self.move_s * others)
         yield self.env.timeout(self.costs.late_issue_s * self.wanted)
         for wave in plan.waves:
-            transfers = yield from self.submit(wave, urgent=True)
+            transfers = yield from self.submit(wave[:1], urgent=True)
+            yield self.env.timeout(self.move_s * others)
+            transfers += yield from self.submit(wave[1:], urgent=True)
             for transfer in transfers:
                 transfer.told = signal.planned
             self.keep(wave)

@@ -14,8 +14,9 @@ from traces.errors import InputError
 
 #: Kinds of processes: one makes the checkpoint, the others measure.
 CHECKPOINT, OURS, OFFLOAD, FUSED = "checkpoint", "ours", "freetoken", "freetoken-fused"
-#: How a model routes: by weights as transformers initialises them, on tokens drawn evenly; or as
-#: trained models route text, by the spreads of its shape, on tokens with text's repetitions.
+#: How a model routes: by weights as transformers initialises them, but for its embeddings, on tokens
+#: drawn evenly; or as trained models route text, by the spreads of its shape, on tokens with text's
+#: repetitions.
 RANDOM, TEXT = "random", "text"
 ROUTINGS = (RANDOM, TEXT)
 #: The policy that FreeToken has, and the one that every row of ours is compared with.
@@ -78,10 +79,14 @@ class Task:
 
 
 def routed(shape: Shape, routing: str) -> Shape:
-    """*shape* with weights that route as *routing* says."""
+    """*shape* with weights that route as *routing* says.
+
+    Random embeddings are torch's own, of 1: with transformers' 0.02 layers soon drown the token,
+    and hardly any expert changes from step to step.
+    """
     if routing == TEXT:
         return shape
-    return replace(shape, weight_std=0.02, gate_std=0.02, gate_spread=0.0, embed_std=0.02)
+    return replace(shape, weight_std=0.02, gate_std=0.02, gate_spread=0.0, embed_std=1.0)
 
 
 def steps_of(tokens: int, batch: int) -> int:

@@ -56,11 +56,18 @@ class SlowLanes(CudaLanes):
         self.delay_cycles = lambda: draw.choice(CYCLES)
         self._draw = draw
 
-    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Mark, Mark]:
+    def copy_first(self, target: Tensor, source: Tensor) -> tuple[Mark, Mark]:
         with torch.cuda.stream(self._copies):
-            for target, _ in pairs:
+            spoil(target)
+        return super().copy_first(target, source)
+
+    def copy_all(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], begun: tuple[Mark, Mark] | None = None
+    ) -> tuple[Mark, Mark]:
+        with torch.cuda.stream(self._copies):
+            for target, _ in pairs[1:]:
                 spoil(target)
-        return super().copy_all(pairs)
+        return super().copy_all(pairs, begun)
 
     def launch(self, work: Callable[[], None]) -> None:
         """Give *work* to the computing lane, behind a pause now and then."""

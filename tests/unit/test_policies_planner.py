@@ -121,3 +121,20 @@ def test_low_copies_that_prompts_compute_together_are_counted(
         planner.plan(event(number, experts, phase))
         planner.prefetch()
     assert planner.low_together == together
+
+
+def test_an_events_first_move_is_told_before_the_others_are_planned() -> None:
+    """Of the first wave alone, and of no prefetch."""
+    asked: list[int] = []
+
+    class Asked(LRU):
+        def victims(self, incoming: int) -> Iterable[int]:
+            asked.append(incoming)
+            return super().victims(incoming)
+
+    planner, told = planner_of(Asked()), []
+    planner.on_first = lambda move: told.append((move.copy, list(asked)))
+    for number, experts in enumerate(([0, 1, 2], [0, 1], [0, 3, 4, 5, 6])):
+        planner.plan(event(number, experts))
+        planner.prefetch()
+    assert told == [(0, [0]), (3, [0, 1, 2, 3])]

@@ -238,3 +238,27 @@ def test_random_lag_repeats():
 
 def test_the_cpu_has_host_lanes():
     assert isinstance(lanes_for(CPU), HostLanes)
+
+
+def test_the_first_of_several_can_be_on_the_link_before_the_others_are_known():
+    """It belongs to their group all the same, and nobody is told of it before."""
+    link, size = Link(), Link().store.layout.size_bytes
+    moves = [demand(n, n) for n in range(3)]
+    link.copier.hurry(moves[0])
+    assert (link.issued, link.copier.demand_bytes, len(link.lanes._waiting)) == ([], 0, 1)
+    link.copier.demand(moves, together=True)
+    assert [len(copied.moves) for copied in link.copier.issued] == [3]
+    assert (link.copier.demand_bytes, len(link.lanes._waiting)) == (3 * size, 3)
+    link.copier.wait(0)
+    assert [link.holds(slot) for slot in range(4)] == [0, 1, 2, None]
+
+
+def test_one_that_nobody_came_back_for_is_copied_again():
+    """An event whose policy raised behind its first victim came to nothing."""
+    link = Link()
+    link.copier.hurry(demand(1, 1))
+    link.copier.demand([demand(2, 1)], together=True)
+    link.copier.wait(2)
+    assert link.holds(1) == 2
+    link.copier.demand([demand(3, 2)], together=True)
+    assert [len(copied.moves) for copied in link.copier.issued] == [1, 1]

@@ -108,7 +108,9 @@ def test_missed_experts_are_planned_published_and_awaited() -> None:
     gate = WHOLE.launch_s + graph.attention_s(1, 1)
     issued = gate + WHOLE.answer_s + think_s() + HOST.miss_s + 2 * HOST.move_s
     planned = issued + 2 * HOST.copy_issue_s + WHOLE.publish_s + WHOLE.notice_s
-    landed = issued + costs.idle_copy_s(3000) + costs.queued_copy_s(3000) + WHOLE.notice_s
+    # The first copy is on the link before the second is planned.
+    landed = issued - HOST.move_s + costs.idle_copy_s(3000) + costs.queued_copy_s(3000)
+    landed += WHOLE.notice_s
     assert world.stall_demand_s == pytest.approx(landed - planned, rel=1e-12)
     assert world.host_s == pytest.approx(WHOLE.launch_s + planned - gate + HOST.step_s, rel=1e-12)
     assert world.total_s == pytest.approx(landed + 2 * graph.expert_s(1) + HOST.step_s, rel=1e-12)
