@@ -14,9 +14,9 @@ from traces.errors import InputError
 
 #: Kinds of processes: one makes the checkpoint, the others measure.
 CHECKPOINT, OURS, OFFLOAD, FUSED = "checkpoint", "ours", "freetoken", "freetoken-fused"
-#: How a model routes: by weights as transformers initialises them, but for its embeddings, on tokens
-#: drawn evenly; or as trained models route text, by the spreads of its shape, on tokens with text's
-#: repetitions.
+#: How a model routes: by weights as transformers initialises them, but for its embeddings, on
+#: tokens drawn evenly; or as trained models route text, by the spreads of its shape, on tokens with
+#: text's repetitions.
 RANDOM, TEXT = "random", "text"
 ROUTINGS = (RANDOM, TEXT)
 #: The policy that FreeToken has, and the one that every row of ours is compared with.
