@@ -132,6 +132,8 @@ class HostAnswer:
         values = self._rows.numpy()
         starts = range(top_k, values.shape[1], width) if width else ()
         self._experts = values[:, :top_k]
+        #: The same of an only token, to be read without an array.
+        self._one = memoryview(values[0])[:top_k] if len(values) == 1 else None
         self._ahead = [values[:, start : start + width] for start in starts]
 
     @property
@@ -148,7 +150,8 @@ class HostAnswer:
     def read(self) -> Answer:
         """What has arrived."""
         weights = None if self._weights is None else self._weights.float().numpy()
-        return Answer(self._experts, weights, self._ahead)
+        one = None if self._one is None else self._one.tolist()
+        return Answer(self._experts, weights, self._ahead, one)
 
 
 class Hook:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,14 +24,19 @@ class Answer:
 
     *experts* [T, k] ids within the layer by falling weight where the model sorts them,
     *weights* [T, k] if anybody wants them, *ahead* the guesses of the next gates, [T, m] each.
+    *one* has the ids of the only token as numbers, where they are to be had at little cost.
     """
 
-    __slots__ = ("ahead", "experts", "weights")
+    __slots__ = ("ahead", "experts", "one", "weights")
 
     def __init__(
-        self, experts: Ints, weights: Floats | None = None, ahead: Sequence[Ints] = ()
+        self,
+        experts: Ints,
+        weights: Floats | None = None,
+        ahead: Sequence[Ints] = (),
+        one: Sequence[int] | None = None,
     ) -> None:
-        self.experts, self.weights, self.ahead = experts, weights, ahead
+        self.experts, self.weights, self.ahead, self.one = experts, weights, ahead, one
 
 
 class LiveStep(Step):
@@ -78,6 +84,8 @@ class LiveSteps:
         self._positions: Ints = np.zeros(0, dtype=np.int64)
         self._ids: Ints = np.zeros(0, dtype=np.int64)
         self._real: Ints | None = None
+        #: The experts of the step under way, [T, layers, k] one after the other.
+        self._chosen: Any = memoryview(b"")
         self._kept: dict[int, list[tuple[Step, int]]] | None = {} if keep else None
         # What is kept must not change when the caller writes over its tensor.
         self.reads_ids = keep or read_ids
@@ -126,11 +134,14 @@ class LiveSteps:
             step.token_ids = step.token_ids
         self._number += 1
         step._experts = np.zeros((step.size, self._layers, self._k), dtype=np.int16)
+        self._chosen = memoryview(step._experts.data).cast("B").cast("h")
         step._counts = []
         return step
 
     def route(self, step: Step, layer: int, answer: Answer, event: int) -> Routing:
         """Tell *step* what the gate of *layer* answered; the event that this is."""
+        if answer.one is not None and answer.weights is None and self._real is None:
+            return self._route_one(step, layer, answer.one, answer.ahead, event)
         rows = self._real
         chosen = answer.experts if rows is None else answer.experts[rows]
         if len(chosen) != step.size:
@@ -151,6 +162,19 @@ class LiveSteps:
         demand, counts = _demand(chosen, layer * self._experts)
         step.demand.append(demand)
         step._counts.append(counts)  # type: ignore[union-attr]
+        return Routing(step, layer, demand, event)
+
+    def _route_one(
+        self, step: Step, layer: int, one: Sequence[int], ahead: Sequence[Ints], event: int
+    ) -> Routing:
+        """The same for one token: the copies of its experts wait for this, so without arrays."""
+        at, base = layer * self._k, layer * self._experts
+        self._chosen[at : at + self._k] = array("h", one)
+        if ahead:
+            self.note_ahead(step, layer, ahead)
+        demand = sorted([base + expert for expert in one])
+        step.demand.append(demand)
+        step._counts.append([1] * len(demand))  # type: ignore[union-attr]
         return Routing(step, layer, demand, event)
 
     def note_ahead(self, step: Step, layer: int, ahead: Sequence[Ints]) -> None:
