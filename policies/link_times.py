@@ -49,9 +49,12 @@ class Direction:
     queued: CopyTable
 
     def copy_s(self, size_bytes: float, queued: bool) -> float:
-        """Seconds the copy engine needs for *size_bytes*, right behind another copy or not."""
-        table = self.queued if queued else self.isolated
-        return table.copy_s(size_bytes)
+        """Seconds the copy engine needs for *size_bytes*, right behind another copy or not.
+
+        Never longer behind another, though beyond the largest sizes noise may say so.
+        """
+        alone_s = self.isolated.copy_s(size_bytes)
+        return min(self.queued.copy_s(size_bytes), alone_s) if queued else alone_s
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _line(row: Row) -> list[str]:
 
 
 def _ms(value: float | None) -> str:
-    return "not run" if value is None else f"{value:#.3g} ms"
+    return "not run" if value is None else f"{value:#.3g}".rstrip(".") + " ms"
 
 
 def _against(value: float | None, theirs: float | None, goal: float | None) -> str:
