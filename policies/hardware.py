@@ -365,7 +365,7 @@ def _check(profile: HardwareProfile, where: str) -> None:
             raise InputError(f"{where}: key 'software.{name}.{ANY_FAMILY}' is missing")
     for way, direction in (("h2d", profile.link.h2d), ("d2h", profile.link.d2h)):
         for size in direction.queued.sizes_bytes:
-            if direction.copy_s(size, queued=True) > 1.01 * direction.copy_s(size, queued=False):
+            if direction.queued.copy_s(size) > 1.01 * direction.isolated.copy_s(size):
                 raise InputError(f"{where}: link.{way}: queued copies of {size} bytes are slower")
 
 
