@@ -215,8 +215,9 @@ class Faded:
             elif count < counts[copy]:
                 heapreplace(heap, (counts[copy], copy))
             else:
-                self._named.append(heappop(heap))
                 yield copy
+                # It has to stay.
+                self._named.append(heappop(heap))
 
     def _restore(self) -> None:
         """Enter again what was named, of which no more than one has gone."""

@@ -98,10 +98,10 @@ class Engine:
         The moves of its first wave are issued, its table entries are noted. With *together*
         a plan that is whole goes to :meth:`at_once`, which waits for all copies or none. With
         *early* all of its demand is one wave, whose first copy is issued while the others are
-        planned, unless prefetches are on their way, which may have to come before it.
+        planned, unless prefetches wait in the queue, one of which may have to come before it.
         """
         if early:
-            self.planner.on_first = None if self.copier.pending else self.copier.hurry
+            self.planner.on_first = None if self.copier else self.copier.hurry
         try:
             plan = self.planner.plan(routing)
         except Exception as error:

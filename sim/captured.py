@@ -40,8 +40,8 @@ class CapturedSteps(ABC):
     _least_access_s: float
     #: What the host does from an answer on, for the timeline.
     _doing: ClassVar[str]
-    #: Whether an event's first copy is issued before the others are planned, where nothing is on
-    #: its way that may have to come before it.
+    #: Whether an event's first copy is issued before the others are planned, where no prefetch
+    #: waits that may have to come before it.
     _hurries: ClassVar[bool] = False
     #: Prefetches of the event before that may have landed since, though a look-up was earlier.
     _recent: Mapping[int, Move] = MappingProxyType({})
@@ -148,10 +148,11 @@ class CapturedSteps(ABC):
         thinking = world.thinking_s(routing, plan)
         host = self._planned_s(thinking, waited)
         late: list[Move] = []
-        wanted = 0
+        wanted, hurries = 0, self._hurries and bool(plan.waves)
         if link.pending:
             link.advance(decide)
             queued = len(link)
+            hurries = hurries and not queued
             late = [move for move, _ in world.late_moves(seconds, decide)]
             wanted = queued - len(link)
         issue_s = world.costs.copy_issue_s
@@ -164,7 +165,7 @@ class CapturedSteps(ABC):
         longer = cold.longer(issuing, cold.weight(waited)) / issuing if issuing else 1.0
         host += own_s * longer
         waves = plan.waves
-        if self._hurries and waves and not link.pending:
+        if hurries:
             (first, *others), *further = waves
             begun = self._planned_s(thinking - world.move_s * len(others), waited)
             link.demand((first,), begun, issue_s * longer)

@@ -92,7 +92,7 @@ class WholeMachine(Machine):
         whole = self.costs.whole
         plan: Plan = self.planner.plan(routing)
         assert plan.whole
-        alone = not any(map(self.flies, self.on_the_way))
+        alone = all(transfer.issued for transfer in self.on_the_way.values())
         self.late_ones(routing, plan)
         others = sum(map(len, plan.waves)) - 1 if alone and plan.waves else 0
         yield self.env.timeout(self.thinking(routing, plan) - self.move_s * others)

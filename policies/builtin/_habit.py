@@ -57,7 +57,9 @@ class Habit:
         if self._recency is not None:
             self._recency.remove(copy)
         elif self._duel.due() and copy not in due:
-            self._duel.watch(*(self._first(order, copy, due) for order in self._faded))
+            lost = self._duel.lost
+            other = self._first(self._faded[not lost], copy, due)
+            self._duel.watch(*((other, copy) if lost else (copy, other)))
         for order in self._faded:
             order.remove(copy)
         self._held.discard(copy)

@@ -211,21 +211,13 @@ class Predictive(Policy):
                     chances.append(score)
         next_use.foresee_all(foreseen, events, chances)
 
-    def _note(self, expert: int, event: int, chance: float, named: list[int]) -> None:
-        """Held *expert* is foreseen for *event*, earlier than before; *named* lists those."""
-        if self.protect:
-            self._due[expert] = event
-            named.append(expert)
-            if self._next_use is not None:
-                self._next_use.foresee(expert, event, chance)
-
     def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
         return self._wanted(forecast)
 
     def _wanted(self, forecast: Forecast) -> Iterator[int]:
         """Note what is foreseen; yield what is worth fetching, nearest layer first."""
         held, due, confidence = self._held, self._due, self.confidence
-        next_use = self._next_use
+        next_use, protect = self._next_use, self.protect
         price: Price | None = None
         for ahead, experts, scores in triples(self._near(forecast)):
             event = self._now + ahead
@@ -234,8 +226,11 @@ class Predictive(Policy):
                 if score < confidence:
                     break
                 if expert in held:
-                    if due.get(expert, NEVER) > event:
-                        self._note(expert, event, score, named)
+                    if protect and due.get(expert, NEVER) > event:
+                        due[expert] = event
+                        named.append(expert)
+                        if next_use is not None:
+                            next_use.foresee(expert, event, score)
                 elif ahead <= self.horizon:
                     price = price or self._price()
                     if score < self._least_chance(ahead, price):

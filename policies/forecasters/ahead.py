@@ -35,12 +35,12 @@ class Ahead(Forecaster):
     def reset(self, context: Context) -> None:
         self._context = context
         self._width = max(1, round(self.width * context.top_k))
-        ranks = np.arange(4096)
-        start = self.prior * 0.5 ** (ranks / context.top_k)
-        #: How often a guess of a distance and rank was right, and was made. Lists: in events of
-        #: a few tokens an array takes longer to be called than to be worked on.
+        start = self.prior * 0.5 ** (np.arange(self._width) / context.top_k)
+        #: How often a guess of a distance was right at each rank, and was made. Lists: in events
+        #: of a few tokens an array takes longer to be called than to be worked on.
         self._right: list[list[float]] = [(start * 8.0).tolist() for _ in range(4)]
-        self._seen = [[8.0] * len(ranks) for _ in range(4)]
+        self._made = [8.0] * 4
+        #: Guesses whose event is to come: of one token experts, of several ids within the layer.
         self._open: deque[tuple[int, int, list[list[int]]]] = deque()
 
     def on_route(self, routing: Routing) -> Forecast:
@@ -48,36 +48,42 @@ class Ahead(Forecaster):
         if routing.step.size > MAX_TOKENS:
             return ()
         forecast = []
+        width, experts = self._width, self._context.experts
         for distance, guess in enumerate(routing.ahead, start=1):
-            guess = guess[:, : self._width]
-            rows = guess.tolist()
-            self._open.append((routing.event + distance, distance, rows))
-            base = (routing.layer + distance) * self._context.experts
-            counted = zip(self._right[distance], self._seen[distance], rows[0], strict=False)
-            worth = [right / seen for right, seen, _ in counted]
+            guess = guess[:, :width]
+            base = (routing.layer + distance) * experts
+            rows, made = guess.tolist(), self._made[distance]
+            worth = [right / made for right in self._right[distance][: guess.shape[1]]]
             if len(rows) == 1:
-                forecast.append(Prediction(distance, [base + id for id in rows[0]], worth))
+                rows = [[base + id for id in rows[0]]]
+                forecast.append(Prediction(distance, rows[0], worth))
             else:
                 forecast.append(self._of_several(base, distance, guess, worth))
+            self._open.append((routing.event + distance, distance, rows))
         return forecast
 
     def _count(self, routing: Routing) -> None:
         """Compare what was guessed for this event with what its gate chose."""
+        if not self._open:
+            return
         still: deque[tuple[int, int, list[list[int]]]] = deque()
         tokens = routing.step.size
         chosen: list[frozenset[int]] = []
-        if self._open and tokens <= MAX_TOKENS:
+        if tokens == 1:
+            chosen = [frozenset(routing.experts)]
+        elif tokens <= MAX_TOKENS:
             chosen = list(map(frozenset, routing.token_experts.tolist()))
-        for event, distance, rows in self._open:
+        for guess in self._open:
+            event, distance, rows = guess
             if event > routing.event:
-                still.append((event, distance, rows))
+                still.append(guess)
             elif event == routing.event and len(rows) == len(chosen):
-                right, seen, width = self._right[distance], self._seen[distance], len(rows[0])
-                seen[:width] = [count + tokens for count in seen[:width]]
-                counts = right[:width]
+                self._made[distance] += tokens
+                right = self._right[distance]
                 for guesses, ids in zip(rows, chosen, strict=True):
-                    counts = [n + (id in ids) for n, id in zip(counts, guesses, strict=True)]
-                right[:width] = counts
+                    for rank, id in enumerate(guesses):
+                        if id in ids:
+                            right[rank] += 1.0
         self._open = still
 
     def _of_several(
