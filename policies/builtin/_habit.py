@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Sequence
 
 from policies.base import Context
@@ -9,54 +10,89 @@ from policies.builtin._counted import Duel
 from policies.orders import Faded, recency
 
 
-class Habit:
-    """Held copies by how often they were used of late, least first.
+class Habit(ABC):
+    """Held copies by how they were used of late, least worth keeping first."""
+
+    def begin(self) -> None:
+        """A step begins."""
+
+    @abstractmethod
+    def use(self, experts: Sequence[int]) -> None:
+        """An event uses *experts*."""
+
+    @abstractmethod
+    def add(self, copy: int) -> None:
+        """*copy* is held now."""
+
+    @abstractmethod
+    def remove(self, copy: int, due: Container[int]) -> None:
+        """*copy* goes; those *due* were not to be named before it."""
+
+    @abstractmethod
+    def order(self, incoming: int) -> Iterable[int]:
+        """The pool of *incoming*, least worth keeping first; also what an event just used."""
+
+    def wrong(self, copy: int) -> None:
+        """*copy* was fetched for an event that did not use it."""
+
+
+class Recent(Habit):
+    """By when they were used last; what was fetched and not used goes first."""
+
+    def __init__(self, context: Context) -> None:
+        self._recency = recency(context)
+
+    def use(self, experts: Sequence[int]) -> None:
+        self._recency.touch(experts)
+
+    def add(self, copy: int) -> None:
+        self._recency.add(copy)
+
+    def remove(self, copy: int, due: Container[int]) -> None:
+        self._recency.remove(copy)
+
+    def order(self, incoming: int) -> Iterable[int]:
+        return self._recency.order(incoming)
+
+    def wrong(self, copy: int) -> None:
+        self._recency.first(copy)
+
+
+class Frequent(Habit):
+    """By how often they were used of late, which a wrong guess does not change.
 
     How late, a :class:`Duel` says: of two :class:`Faded` orders, with *half_life* and with
-    *SHORT* of it, the one that names the better victims counts. Without a half-life it is recency.
+    *SHORT* of it, the one that names the better victims counts.
     """
 
     #: The shorter of two half-lives, as a share of the longer.
     SHORT = 1 / 12
 
-    def __init__(self, context: Context, half_life: float | None) -> None:
-        self._recency = recency(context) if half_life is None else None
-        lives = () if half_life is None else (half_life, half_life * self.SHORT)
-        self._faded = [Faded(context, life) for life in lives]
+    def __init__(self, context: Context, half_life: float) -> None:
+        self._faded = [Faded(context, life) for life in (half_life, half_life * self.SHORT)]
         self._duel = Duel()
         self._held: set[int] = set()
         self._pinned: Sequence[int] = ()
 
     def begin(self) -> None:
-        """A step begins."""
         self._pinned = ()
         self._duel.begin()
         for order in self._faded:
             order.begin()
 
     def use(self, experts: Sequence[int]) -> None:
-        """An event uses *experts*."""
-        if self._recency is not None:
-            self._recency.touch(experts)
-            return
         self._pinned = experts
         self._duel.use(experts)
         for order in self._faded:
             order.use(experts)
 
     def add(self, copy: int) -> None:
-        """*copy* is held now."""
         self._held.add(copy)
-        if self._recency is not None:
-            self._recency.add(copy)
         for order in self._faded:
             order.add(copy)
 
     def remove(self, copy: int, due: Container[int]) -> None:
-        """*copy* goes; those *due* were not to be named before it."""
-        if self._recency is not None:
-            self._recency.remove(copy)
-        elif self._duel.due() and copy not in due:
+        if self._duel.due() and copy not in due:
             lost = self._duel.lost
             other = self._first(self._faded[not lost], copy, due)
             self._duel.watch(*((other, copy) if lost else (copy, other)))
@@ -64,15 +100,7 @@ class Habit:
             order.remove(copy)
         self._held.discard(copy)
 
-    def wrong(self, copy: int) -> None:
-        """*copy* was fetched for an event that did not use it: counts know, recency does not."""
-        if self._recency is not None:
-            self._recency.first(copy)
-
     def order(self, incoming: int) -> Iterable[int]:
-        """The pool of *incoming*, least worth keeping first; also what an event just used."""
-        if self._recency is not None:
-            return self._recency.order(incoming)
         return self._faded[self._duel.lost].least(incoming)
 
     def _first(self, order: Faded, copy: int, due: Container[int]) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from policies.base import Context, Forecast, Path, Policy, StepForecast, triples
 from policies.builtin._counted import BesideLru, Displaced, Duel, LinkUse
-from policies.builtin._habit import Habit
+from policies.builtin._habit import Frequent, Habit, Recent
 from policies.builtin._next_use import NextUse
 from policies.future import NEVER
 from policies.registry import parameter, register
@@ -80,7 +80,9 @@ class Predictive(Policy):
 
     def reset(self, context: Context) -> None:
         self._context = context
-        self._habit = Habit(context, self.half_life if self.evict == "frequency" else None)
+        self._habit: Habit = Recent(context)
+        if self.evict == "frequency":
+            self._habit = Frequent(context, self.half_life)
         self._next_use: NextUse | None = None
         self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
         self._lag_s = 0.0

@@ -8,7 +8,7 @@ import pytest
 from policies.base import Context, Forecast, Forecaster, Reuse, StepForecast
 from policies.batching import Batches
 from policies.builtin._counted import BesideLru, Displaced, Duel, LinkUse
-from policies.builtin._habit import Habit
+from policies.builtin._habit import Frequent, Habit, Recent
 from policies.builtin._next_use import NextUse, expected_wait
 from policies.examples import example_trace
 from policies.future import Future
@@ -211,7 +211,8 @@ def test_frequency_saves_moves(granular: MemoryTrace, batch: int) -> None:
 
 def habit_of(steps: list[list[int]], half_life: float | None) -> Habit:
     """The order after *steps* of one layer with three slots, whose victims it named."""
-    habit, held = Habit(Context(1, 16, 1, 3), half_life), set[int]()
+    context, held = Context(1, 16, 1, 3), set[int]()
+    habit = Recent(context) if half_life is None else Frequent(context, half_life)
     for experts in steps:
         habit.begin()
         habit.use(experts)
