@@ -9,15 +9,8 @@ from policies.base import Context
 from policies.orders import Pools
 
 
-class BesideLru:
-    """What a prefetch avoids: misses fewer than LRU's, for each copy that was spent on them.
-
-    LRU is replayed beside the policy with the same slots. Both counts fade, step by step, towards
-    *PRIOR* of each, so that what was held back is tried again.
-    """
-
-    PRIOR = 8.0
-    FADE = 0.005
+class LruBeside:
+    """LRU replayed beside a policy, with the same slots."""
 
     def __init__(self, context: Context) -> None:
         self._of = Pools(context).of
@@ -25,6 +18,34 @@ class BesideLru:
         share, rest = divmod(context.slots, pools)
         self._slots = [share + (pool < rest) for pool in range(pools)]
         self._orders: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(pools)]
+
+    def use(self, experts: Sequence[int]) -> int:
+        """One event uses *experts*; how many of them LRU misses."""
+        pool = self._of(experts[0])
+        order = self._orders[pool]
+        missed = 0
+        for expert in experts:
+            if expert in order:
+                order.move_to_end(expert)
+            else:
+                order[expert] = None
+                missed += 1
+        while len(order) > self._slots[pool]:
+            order.popitem(last=False)
+        return missed
+
+
+class Avoided:
+    """What a prefetch avoids: misses fewer than LRU's, for each copy that was spent on them.
+
+    Both counts fade, step by step, towards *PRIOR* of each, so that what was held back is tried
+    again.
+    """
+
+    PRIOR = 8.0
+    FADE = 0.005
+
+    def __init__(self) -> None:
         self._avoided = self._spent = self.PRIOR
 
     @property
@@ -37,24 +58,33 @@ class BesideLru:
         self._avoided += self.FADE * (self.PRIOR - self._avoided)
         self._spent += self.FADE * (self.PRIOR - self._spent)
 
-    def use(self, experts: Sequence[int], missed: int) -> None:
-        """One event uses *experts*, of which the policy *missed* so many."""
-        pool = self._of(experts[0])
-        order = self._orders[pool]
-        avoided = -missed
-        for expert in experts:
-            if expert in order:
-                order.move_to_end(expert)
-            else:
-                order[expert] = None
-                avoided += 1
-        while len(order) > self._slots[pool]:
-            order.popitem(last=False)
-        self._avoided += avoided
+    def use(self, missed: int, by_lru: int) -> None:
+        """One event *missed* so many experts, of which LRU would have missed *by_lru*."""
+        self._avoided += by_lru - missed
 
     def spend(self) -> None:
         """A copy is made ahead of time."""
         self._spent += 1.0
+
+
+class Rival:
+    """Whether LRU would miss less than the order that is followed, prefetches aside.
+
+    What LRU missed less is summed up, fading by *FADE* an event. Beyond *LOST* misses it is the
+    better one, until a quarter of that is left: then the other is tried again.
+    """
+
+    FADE = 0.0005
+    LOST = 64.0
+
+    def __init__(self) -> None:
+        self.better = False
+        self._less = 0.0
+
+    def use(self, missed: int, by_lru: int) -> None:
+        """One event would have *missed* so many experts, had none been prefetched."""
+        self._less += missed - by_lru - self.FADE * self._less
+        self.better = self._less > (self.LOST / 4 if self.better else self.LOST)
 
 
 class Duel:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Sequence
 
 from policies.base import Context
-from policies.builtin._counted import Duel
+from policies.builtin._counted import Duel, Rival
 from policies.orders import Faded, recency
 
 
@@ -35,6 +35,9 @@ class Habit(ABC):
     def wrong(self, copy: int) -> None:
         """*copy* was fetched for an event that did not use it."""
 
+    def judge(self, missed: int, by_lru: int) -> None:
+        """Without prefetches an event would have *missed* so many experts, LRU *by_lru*."""
+
 
 class Recent(Habit):
     """By when they were used last; what was fetched and not used goes first."""
@@ -62,7 +65,9 @@ class Frequent(Habit):
     """By how often they were used of late, which a wrong guess does not change.
 
     How late, a :class:`Duel` says: of two :class:`Faded` orders, with *half_life* and with
-    *SHORT* of it, the one that names the better victims counts.
+    *SHORT* of it, the one that names the better victims counts. Whether recency would be better
+    still no victims tell, for each order is right about a cache that it has filled: it is followed
+    while it is a better :class:`Rival`.
     """
 
     #: The shorter of two half-lives, as a share of the longer.
@@ -70,6 +75,7 @@ class Frequent(Habit):
 
     def __init__(self, context: Context, half_life: float) -> None:
         self._faded = [Faded(context, life) for life in (half_life, half_life * self.SHORT)]
+        self._recent, self._rival = Recent(context), Rival()
         self._duel = Duel()
         self._held: set[int] = set()
         self._pinned: Sequence[int] = ()
@@ -81,6 +87,7 @@ class Frequent(Habit):
             order.begin()
 
     def use(self, experts: Sequence[int]) -> None:
+        self._recent.use(experts)
         self._pinned = experts
         self._duel.use(experts)
         for order in self._faded:
@@ -88,6 +95,7 @@ class Frequent(Habit):
 
     def add(self, copy: int) -> None:
         self._held.add(copy)
+        self._recent.add(copy)
         for order in self._faded:
             order.add(copy)
 
@@ -98,10 +106,20 @@ class Frequent(Habit):
             self._duel.watch(*((other, copy) if lost else (copy, other)))
         for order in self._faded:
             order.remove(copy)
+        self._recent.remove(copy, due)
         self._held.discard(copy)
 
     def order(self, incoming: int) -> Iterable[int]:
+        if self._rival.better:
+            return self._recent.order(incoming)
         return self._faded[self._duel.lost].least(incoming)
+
+    def wrong(self, copy: int) -> None:
+        if self._rival.better:
+            self._recent.wrong(copy)
+
+    def judge(self, missed: int, by_lru: int) -> None:
+        self._rival.use(missed, by_lru)
 
     def _first(self, order: Faded, copy: int, due: Container[int]) -> int:
         """The first of *order* that could go in the place of *copy*."""

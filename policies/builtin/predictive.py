@@ -9,7 +9,7 @@ from itertools import filterfalse
 from typing import ClassVar, NamedTuple
 
 from policies.base import Context, Forecast, Path, Policy, StepForecast, triples
-from policies.builtin._counted import BesideLru, Displaced, Duel, LinkUse
+from policies.builtin._counted import Avoided, Displaced, Duel, LinkUse, LruBeside
 from policies.builtin._habit import Frequent, Habit, Recent
 from policies.builtin._next_use import NextUse
 from policies.future import NEVER
@@ -80,16 +80,18 @@ class Predictive(Policy):
 
     def reset(self, context: Context) -> None:
         self._context = context
-        self._habit: Habit = Recent(context)
-        if self.evict == "frequency":
-            self._habit = Frequent(context, self.half_life)
+        frequent = self.evict == "frequency"
+        self._habit: Habit = Frequent(context, self.half_life) if frequent else Recent(context)
         self._next_use: NextUse | None = None
         self._transfer_s, self._layer_s = context.transfer_s, context.layer_s
         self._lag_s = 0.0
         self._missing = 0.5
         self._promised = self._kept = 8.0
         saturated = context.transfer_s > context.layer_s
-        self._beside = BesideLru(context) if saturated else None
+        self._avoided = Avoided() if saturated else None
+        self._lru = LruBeside(context) if saturated or frequent else None
+        #: What the present event missed, and would have missed without prefetches.
+        self._misses = self._alone = 0
         self._displaced = Displaced(context)
         self._link = LinkUse(context)
         self._duel = Duel()
@@ -108,15 +110,13 @@ class Predictive(Policy):
         self._lag_s = max(0.0, self._lag_s - self._layer_s)
         experts, due, fetched = routing.experts, self._due, self._fetched
         next_use = self._next_use
-        if fetched:
-            self._came_true(experts)
+        true = self._came_true(experts) if fetched else 0
         missing = not self._held.issuperset(experts)
         self._missing += 0.02 * (missing - self._missing)
         self._link.use()
         missed = set(experts) - self._held if missing else ()
+        self._misses, self._alone = len(missed), len(missed) + true
         self._displaced.use(event, missed, len(missed))
-        if self._beside is not None:
-            self._beside.use(experts, len(missed))
         for expert in self._named.pop(event, ()):
             if due.get(expert) == event:
                 del due[expert]
@@ -131,15 +131,17 @@ class Predictive(Policy):
             self._duel.use(experts)
             next_use.use(event, experts)
 
-    def _came_true(self, experts: Sequence[int]) -> None:
-        """Count those of *experts* that were fetched ahead of this event."""
-        fetched = self._fetched
+    def _came_true(self, experts: Sequence[int]) -> int:
+        """Count those of *experts* that were fetched ahead of this event; how many are held."""
+        fetched, true = self._fetched, 0
         for expert in experts:
             if expert in fetched:
                 del fetched[expert]
                 self._kept += 1.0
                 if expert in self._held:
                     self._displaced.win()
+                    true += 1
+        return true
 
     def on_load(self, copy: int) -> None:
         self._held.add(copy)
@@ -150,8 +152,8 @@ class Predictive(Policy):
         self._displaced.load(self._fetched.get(copy, -1))
         if copy in self._fetched:
             self._lag_s += self._transfer_s
-            if self._beside is not None:
-                self._beside.spend()
+            if self._avoided is not None:
+                self._avoided.spend()
 
     def on_evict(self, copy: int) -> None:
         self._displaced.evict(copy)
@@ -180,8 +182,8 @@ class Predictive(Policy):
         self._displaced.begin()
         self._noted = None
         self._habit.begin()
-        if self._beside is not None:
-            self._beside.begin()
+        if self._avoided is not None:
+            self._avoided.begin()
         if self._next_use is not None:
             self._pinned = ()
             self._duel.begin()
@@ -214,6 +216,12 @@ class Predictive(Policy):
         next_use.foresee_all(foreseen, events, chances)
 
     def prefetch(self, routing: Routing, forecast: Forecast) -> Iterable[int]:
+        if self._lru is not None:
+            # Here nobody waits for it.
+            by_lru = self._lru.use(routing.experts)
+            self._habit.judge(self._alone, by_lru)
+            if self._avoided is not None:
+                self._avoided.use(self._misses, by_lru)
         return self._wanted(forecast)
 
     def _wanted(self, forecast: Forecast) -> Iterator[int]:
@@ -274,11 +282,11 @@ class Predictive(Policy):
         """
         transfer, layer = self._transfer_s, self._layer_s
         spill = min(max(0.0, self._lag_s + transfer - layer), 2.0 * transfer)
-        wasted = self._displaced.wasted if self._beside is None else 0.0
+        wasted = self._displaced.wasted if self._avoided is None else 0.0
         cost = self.caution * self._missing * spill + (self.margin + wasted) * transfer
         honest = min(1.0 - wasted, self._kept / self._promised)
-        if self._beside is not None:
-            honest = min(honest, self._beside.worth)
+        if self._avoided is not None:
+            honest = min(honest, self._avoided.worth)
         return Price(cost, self._link.busy * transfer, honest)
 
     def victims(self, incoming: int) -> Iterator[int]:

@@ -7,9 +7,17 @@ import pytest
 
 from policies.base import Context, Forecast, Forecaster, Reuse, StepForecast
 from policies.batching import Batches
-from policies.builtin._counted import BesideLru, Displaced, Duel, LinkUse
+from policies.builtin._counted import (
+    Avoided,
+    Displaced,
+    Duel,
+    LinkUse,
+    LruBeside,
+    Rival,
+)
 from policies.builtin._habit import Frequent, Habit, Recent
 from policies.builtin._next_use import NextUse, expected_wait
+from policies.builtin.predictive import Predictive
 from policies.examples import example_trace
 from policies.future import Future
 from policies.planner import Planner
@@ -322,26 +330,22 @@ def test_undecided_pairs_make_room() -> None:
 @pytest.mark.parametrize("pool", ["global", "layer"])
 def test_lru_beside_misses_what_lru_misses(pool: str) -> None:
     trace = example_trace(7, lengths=(40, 30))
-    beside = BesideLru(context_of(trace, 8, pool=pool))
-    for step in Batches(trace, 1).steps():
-        for experts in step.demand:
-            beside.use(experts, 0)
+    beside = LruBeside(context_of(trace, 8, pool=pool))
+    found = [beside.use(e) for step in Batches(trace, 1).steps() for e in step.demand]
     missed = replay("lru", trace, 8, pool=pool).counts["missed"]
-    assert beside._avoided - BesideLru.PRIOR == missed
-    assert beside.worth == 1.0
+    assert sum(found) == missed
 
 
 def test_prefetches_that_avoid_nothing_lose_their_worth_and_are_tried_again() -> None:
-    beside = BesideLru(Context(1, 4, 1, 2))
+    avoided = Avoided()
     for _ in range(40):
-        beside.begin()
-        beside.use([0], 0)
-        beside.spend()
-    low = beside.worth
-    assert low < 0.3
+        avoided.begin()
+        avoided.use(0, 0)
+        avoided.spend()
+    assert avoided.worth < 0.3
     for _ in range(2000):
-        beside.begin()
-    assert beside.worth > 0.9
+        avoided.begin()
+    assert avoided.worth > 0.9
 
 
 def busy() -> Displaced:
@@ -429,7 +433,7 @@ def test_it_holds_back_where_the_link_is_slow_and_prefetches_avoid_little(
         return slow_link(coarse, "predictive:evict=recency", "oracle:accuracy=0.9")
 
     back = run()
-    monkeypatch.setattr(BesideLru, "worth", 1.0)
+    monkeypatch.setattr(Avoided, "worth", 1.0)
     eager = run()
     assert 0 < back.counts["prefetch"] < 0.5 * eager.counts["prefetch"]
     assert moves(back) < moves(eager)
@@ -453,3 +457,38 @@ def slow_link(trace: MemoryTrace, policy: str, forecaster: str) -> Planner:
 def test_evict_is_one_of_three() -> None:
     with pytest.raises(InputError, match="evict is 'never', expected reuse, frequency, recency"):
         POLICIES.build("predictive:evict=never")
+
+
+def test_lru_is_followed_while_it_misses_less() -> None:
+    """It loses what it had won slowly, so that the other order is tried again."""
+    rival = Rival()
+    for _ in range(30):
+        rival.use(5, 3)
+    assert not rival.better
+    for _ in range(4):
+        rival.use(5, 3)
+    assert rival.better
+    for _ in range(100):
+        rival.use(3, 3)
+    assert rival.better
+    events = 0
+    while rival.better:
+        rival.use(3, 3)
+        events += 1
+    assert 2_000 < events < 4_000
+
+
+def test_frequency_that_evicts_the_wrong_ones_gives_way_to_recency() -> None:
+    """What was frequent is never used again, and what comes goes round four for a while."""
+    policy = Predictive(evict="frequency", half_life=1e6)
+    planner = Planner(policy, Context(1, 400, 1, 8))
+    events = [[n % 7] for n in range(700)] + [
+        [10 + (n // 40 * 4 + n % 4) % 380] for n in range(600)
+    ]
+    for number, experts in enumerate(events):
+        step = Step(number, "decode", 1)
+        step._experts = np.array([[experts]])
+        planner.begin(step)
+        planner.plan(Routing(step, 0, experts, number))
+        planner.prefetch()
+    assert list(policy._habit.order(399)) == list(policy._habit._recent.order(399))  # type: ignore[attr-defined]
