@@ -165,16 +165,14 @@ class Costs:
     def layer_s(self, policy: str = "") -> float:
         """One layer of a one-token decode step with everything resident.
 
-        Eager, it is bound by host or GPU; as a captured graph, both take their turns; in a graph
-        of a whole step, the slower of them counts. How long a run's key-value cache is does not
-        matter, so that policies know the same wherever they run.
+        Eager, it is bound by host or GPU; as captured graphs, both take their turns. Policies are
+        told this of every run by one profile: what they decide depends neither on how long its
+        key-value cache is nor on whether its steps are one graph each.
         """
         count = self.model.top_k
         thinking = self.event_s(policy) + count * self.access_s(policy)
-        if self.whole is not None:
-            return self.whole.layer_s(policy, count, thinking)
         if self.graph is not None:
-            return self.graph.layer_s(policy, count, self.sync_s + thinking)
+            return self.graph.layer_s(policy, count) + self.sync_s + thinking
         gate = max(self.attention_s(1, 1), self.issue_gate_s)
         work = max(count * self.expert_s(1), *self.group_s[DECODE][count])
         return gate + self.sync_s + thinking + work

@@ -205,13 +205,10 @@ class GraphCosts:
         """One layer without its routed experts; *kv_tokens* as in ``Costs.attention_s``."""
         return self._attention_s(tokens, tokens * self.cache_tokens or kv_tokens)
 
-    def layer_s(self, policy: str, experts: int, host_s: float) -> float:
-        """A layer of one token with *experts* resident; the host takes *host_s* at its gate."""
-        return self._device_layer_s(policy, experts) + host_s + self.launch_s
-
-    def _device_layer_s(self, policy: str, experts: int) -> float:
-        """The GPU's part of that, with next to nothing in the key-value cache."""
-        return self._attention_s(1, 1) + self.more_s(policy) + experts * self.expert_s(1)
+    def layer_s(self, policy: str, experts: int) -> float:
+        """A layer of one token with *experts* resident, and its launch; hardly any cache."""
+        gate = self._attention_s(1, 1) + self.more_s(policy)
+        return gate + self.launch_s + experts * self.expert_s(1)
 
     def _attention_s(self, tokens: int, kv_tokens: int) -> float:
         model = self.model

@@ -34,8 +34,3 @@ class WholeCosts(GraphCosts):
         self.floor_s = of_family(whole.layer_floor_s, family, self.floor_s)
         several_s = of_family(software.several_floor_s, family, self.floor_s)
         self.several_floor_s = of_family(whole.several_floor_s, family, several_s)
-
-    def layer_s(self, policy: str, experts: int, host_s: float) -> float:
-        """As in a chain of graphs, but host and GPU work beside each other."""
-        device_s = self._device_layer_s(policy, experts) + self.handshake_s
-        return max(device_s, self.answer_s + host_s + self.follow_s)

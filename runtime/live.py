@@ -34,9 +34,8 @@ from runtime.generate import (
     no_progress,
     open_offloaded,
 )
-from runtime.load import find_folder, fitting, load_tokenizer, pick_device
+from runtime.load import find_folder, fitting, load_tokenizer
 from runtime.measuring import Measured, RealWorld
-from runtime.offloading import Options
 from runtime.peaks import forget_peaks, host_peak_bytes, peak_bytes
 from runtime.predictor.names import replayed
 from runtime.sampling import Sampling
@@ -80,7 +79,6 @@ class LiveSettings:
 
         A predictor that ran beside the model left its forecasts beside the trace.
         """
-        whole = Options(compute=self.compute).whole_steps(pick_device(self.device))
         return Setup(
             str(trace),
             batch=self.batch,
@@ -90,7 +88,6 @@ class LiveSettings:
             train=self.train,
             seed=self.seed,
             depth=self.depth,
-            compute=None if whole else "reference",
         )
 
     def options(self, budget: Budget, max_tokens: int) -> dict[str, Any]:

@@ -239,8 +239,7 @@ class _Builder:
 
     def _planner(self) -> Planner:
         options = self.options
-        whole = options.whole_steps(self.device)
-        costs = Costs(self.profile, self.spec, self.policy.low_bits, whole=whole)
+        costs = Costs(self.profile, self.spec, self.policy.low_bits)
         training = self._training()
         context = dataclasses.replace(
             costs.context(self.policy.name, self._slots()),
