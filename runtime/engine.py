@@ -100,8 +100,8 @@ class Engine:
         *early* all of its demand is one wave, whose first copy is issued while the others are
         planned, unless prefetches wait in the queue, one of which may have to come before it.
         """
-        if early:
-            self.planner.on_first = None if self.copier else self.copier.hurry
+        waiting = len(self.copier)
+        self.planner.on_first = self.copier.hurry if early and not waiting else None
         try:
             plan = self.planner.plan(routing)
         except Exception as error:

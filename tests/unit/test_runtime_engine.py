@@ -13,6 +13,7 @@ import numpy as np  # noqa: E402
 
 from policies.base import Context, Service, Substitute  # noqa: E402
 from policies.builtin.lru import LRU  # noqa: E402
+from policies.moves import Move  # noqa: E402
 from policies.planner import NOTHING, Planner  # noqa: E402
 from policies.routing import DECODE, Routing, Step  # noqa: E402
 from runtime.bank import ABSENT, SlotBank  # noqa: E402
@@ -150,6 +151,38 @@ class Noting(HostLanes):
 
     def copy_after_compute(self):
         self.said.append("after all")
+
+
+class Naming(LRU):
+    """Says which victims it is asked for."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def victims(self, incoming):
+        self.said.append(f"victim for {incoming}")
+        return super().victims(incoming)
+
+
+def test_only_an_early_event_has_its_first_copy_before_others_are_planned():
+    """And no prefetch may wait in the queue, which it might have to come behind."""
+    said = []
+    run = Run(Naming(said), slots=6, lanes=Noting(said))
+    engine, step = run.engine, run.begin()
+    for early, experts in ((True, [0, 1]), (False, [2, 3])):
+        plan, late = engine.decide(
+            Routing(step, 0, experts, engine.events), together=True, early=early
+        )
+        engine.after(plan, late)
+    assert said == [
+        "victim for 0", "copy", "victim for 1", "copy",
+        "victim for 2", "victim for 3", "copy", "copy",
+    ]  # fmt: skip
+    said.clear()
+    engine.copier.prefetch([Move(copy, copy - 2, -1, demand=False) for copy in (6, 7, 8)])
+    assert len(engine.copier) == 3
+    engine.decide(Routing(step, 1, [9, 10], engine.events), together=True, early=True)
+    assert said[:2] == ["victim for 9", "victim for 10"]
 
 
 def test_a_wave_waits_for_the_calls_that_read_its_slots_and_no_others():
