@@ -140,8 +140,9 @@ class LiveSteps:
 
     def route(self, step: Step, layer: int, answer: Answer, event: int) -> Routing:
         """Tell *step* what the gate of *layer* answered; the event that this is."""
-        if answer.one is not None and answer.weights is None and self._real is None:
-            return self._route_one(step, layer, answer.one, answer.ahead, event)
+        one = answer.one if step.size == 1 else None
+        if one is not None and answer.weights is None and self._real is None:
+            return self._route_one(step, layer, one, answer.ahead, event)
         rows = self._real
         chosen = answer.experts if rows is None else answer.experts[rows]
         if len(chosen) != step.size:

@@ -11,10 +11,12 @@ pytest.importorskip("transformers", reason="the extra 'gpu' is not installed")
 from policies.base import Forecaster  # noqa: E402
 from policies.builtin.lru import LRU  # noqa: E402
 from policies.registry import FORECASTERS  # noqa: E402
+from policies.routing import Routing  # noqa: E402
 from runtime import offload  # noqa: E402
+from runtime.errors import OffloadError  # noqa: E402
 from runtime.families import model_spec  # noqa: E402
 from runtime.generate import KeptSteps  # noqa: E402
-from runtime.steps import LiveSteps  # noqa: E402
+from runtime.steps import Answer, LiveSteps  # noqa: E402
 from tests.tiny_models import tiny_model  # noqa: E402
 from traces.store import write_trace  # noqa: E402
 
@@ -164,3 +166,27 @@ def test_the_token_table_asks(tmp_path):
     )  # fmt: skip
     run(model)
     assert unread(model) == [False] * 4
+
+
+def test_an_only_token_is_read_without_arrays_and_says_the_same(spec):
+    """Ids as numbers or as an array: the demand, and what policies see of it."""
+    found = []
+    for one in (None, [3, 1]):
+        steps = LiveSteps(spec, ahead=1)
+        steps.begin(np.zeros((1, 2), np.int64), None, True)
+        step = steps.begin(np.zeros((1, 1), np.int64), None, False)
+        guess = np.array([[2, 0]])
+        for layer in range(spec.layers):
+            routing = steps.route(
+                step, layer, Answer(np.array([[3, 1]]), None, [guess], one), layer
+            )
+            found.append((routing.experts, routing.counts, routing.token_experts.tolist()))
+        assert [a.tolist() for a in Routing(step, 0, [], 0).ahead] == [[[2, 0]]]
+    assert found[: spec.layers] == found[spec.layers :]
+
+
+def test_an_answer_for_one_token_is_none_for_two(spec):
+    steps = LiveSteps(spec)
+    step = steps.begin(np.zeros((2, 1), np.int64), None, True)
+    with pytest.raises(OffloadError, match="answered for 1 tokens, expected 2"):
+        steps.route(step, 0, Answer(np.array([[0, 1]]), one=[0, 1]), 0)
