@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from runtime.bank import SlotBank
 from runtime.dimensions import config_of
 from runtime.engine import Engine
 from runtime.families import find_gates
-from runtime.handshake import Handshake
+from runtime.handshake import LIMIT_S, Handshake
 from runtime.hook import HostAnswer
 from runtime.kernels.gate import POSTED
 from runtime.lanes import HostLanes, Mark
@@ -85,6 +85,8 @@ class Answering:
 
     def __init__(self, session: TraceSession, policy: str, budget: Budget) -> None:
         prepared = session.prepare(policy, budget)
+        if not prepared.planner.policy.exact:
+            raise InputError(f"--policy {policy}: changes the output, expected an exact policy")
         self._steps = prepared.steps
         spec: ModelSpec = session.model
         small = replace(
@@ -99,8 +101,7 @@ class Answering:
         bank = SlotBank(layout, cache.full_slots, CPU)
         self.lanes = Nowhere()
         self._engine = Engine(prepared.planner, store, bank, self.lanes)
-        slots = cache.full_slots + cache.low_slots
-        self._shake = Handshake(spec.layers, spec.experts, slots, self.lanes, 5.0)
+        self._shake = Handshake(spec.layers, spec.experts, cache.full_slots, self.lanes, LIMIT_S)
         self._shake.follow(self._engine)
         self._live = LiveSteps(spec)
         row = torch.zeros(1, spec.top_k, dtype=torch.int64)
@@ -108,7 +109,7 @@ class Answering:
             HostAnswer(row, None, spec.top_k, 0, pin=False) for _ in range(spec.layers)
         ]
 
-    def events(self, most: int, between: Any) -> Iterator[tuple[int, float, float]]:
+    def events(self, most: int, between: Callable[[], None]) -> Iterator[tuple[int, float, float]]:
         """Misses of each timed event, and seconds to its first copy and to its end.
 
         *between* is called before each; an event that misses nothing has no first copy (nan).
@@ -139,7 +140,7 @@ class Answering:
         return len(plan.missed), lanes.left_s - begun, time.perf_counter() - begun
 
 
-def other_work() -> Any:
+def other_work() -> Callable[[], None]:
     """What drives the host's own out of the caches, and then lets a while pass."""
     memory = np.zeros(OTHER_WORK_BYTES // 8)
 

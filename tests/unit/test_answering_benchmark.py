@@ -44,3 +44,10 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setattr("sys.argv", ["answering", "--trace", str(tmp_path / "none.parquet")])
     assert answering.main() == 2
     assert capsys.readouterr().err.startswith("answering: ")
+
+
+def test_a_policy_that_serves_otherwise_is_refused(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["answering", "--trace", SAMPLE, "--policy", "mixed"])
+    assert answering.main() == 2
+    said = "answering: --policy mixed: changes the output, expected an exact policy\n"
+    assert capsys.readouterr().err == said

@@ -334,6 +334,11 @@ def test_lru_beside_misses_what_lru_misses(pool: str) -> None:
     found = [beside.use(e) for step in Batches(trace, 1).steps() for e in step.demand]
     missed = replay("lru", trace, 8, pool=pool).counts["missed"]
     assert sum(found) == missed
+    avoided = Avoided()
+    for by_lru in found:
+        avoided.use(0, by_lru)
+    assert avoided._avoided - Avoided.PRIOR == missed
+    assert avoided.worth == 1.0
 
 
 def test_prefetches_that_avoid_nothing_lose_their_worth_and_are_tried_again() -> None:
